@@ -1,0 +1,114 @@
+"""Load a checkpoint with transformers and say what it made of it.
+
+    transformers_load.py CKPT [--ids 1,2,3 | --ids FILE] [--dump OUT.safetensors]
+
+Runs in the environment compressed-tensors. A compressed-tensors checkpoint is dequantised while
+loading; transformers does not know ModelOpt's, so those fail here. Routed experts in NVFP4 come
+out wrong: transformers 5.23 leaves their weight_global_scale out, silently (dense layers and other
+formats are right). Prints one JSON line: missing and unexpected keys, and for the ids the mean
+negative log-likelihood, the greedy next token and a digest of the float32 logits. `--dump` writes
+the effective weights under the model's own names.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import traceback
+from contextlib import redirect_stdout
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def read_ids(text: str) -> list[int]:
+    if Path(text).is_file():
+        text = Path(text).read_text()
+    return [int(word) for word in text.replace(",", " ").split()]
+
+
+def load(checkpoint: str) -> tuple[object, dict[str, object]]:
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    wrapped = "vision_config" in config.to_dict()
+    loader = (
+        transformers.AutoModelForImageTextToText if wrapped else transformers.AutoModelForCausalLM
+    )
+    settings = {}
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and stored.get("quant_method") == "compressed-tensors":
+        settings["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    return loader.from_pretrained(
+        checkpoint, dtype=torch.bfloat16, output_loading_info=True, **settings
+    )
+
+
+def score(model: object, ids: list[int]) -> dict[str, object]:
+    import torch
+
+    tokens = torch.tensor([ids])
+    with torch.inference_mode():
+        logits = model(input_ids=tokens).logits[0].float()
+    digest = hashlib.sha256(logits.contiguous().numpy().tobytes()).hexdigest()
+    found = {
+        "logits_sha256": digest,
+        "logits_std": round(logits.std().item(), 6),
+        "next_id": int(logits[-1].argmax()),
+    }
+    if len(ids) > 1:
+        nll = torch.nn.functional.cross_entropy(logits[:-1], tokens[0, 1:])
+        found |= {"nll": round(nll.item(), 6), "nll_tokens": len(ids) - 1}
+    return found
+
+
+def inspect(checkpoint: str, ids: list[int], dump: Path | None) -> dict[str, object]:
+    import transformers
+    from safetensors.torch import save_file
+
+    model, info = load(checkpoint)
+    model.eval()
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    mismatched = sorted(str(key) for key in info["mismatched_keys"])
+    row = {
+        "ok": not (missing or mismatched),
+        "transformers": transformers.__version__,
+        "model": type(model).__name__,
+        "missing": missing[:20],
+        "unexpected": unexpected[:20],
+        "mismatched": mismatched[:20],
+        "missing_count": len(missing),
+        "unexpected_count": len(unexpected),
+    }
+    weights = dict(model.named_parameters())
+    row["not_finite"] = sorted(
+        n for n, w in weights.items() if w.is_floating_point() and not w.isfinite().all()
+    )[:20]
+    if ids:
+        row |= score(model, ids)
+    if dump is not None:
+        save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, dump)
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--ids", type=read_ids, default=[])
+    parser.add_argument("--dump", type=Path)
+    options = parser.parse_args()
+    row: dict[str, object] = {"tool": "transformers"}
+    try:
+        with redirect_stdout(sys.stderr):
+            row |= inspect(options.checkpoint, options.ids, options.dump)
+    except Exception as error:
+        traceback.print_exc()
+        row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}
+    sys.stdout.write(json.dumps(row) + "\n")
+    return 0 if row["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""nybble: four-bit LLM checkpoints, end to end. Public names are loaded on first use; nothing runs at import."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from nybble.api.diff import Difference as Difference
+    from nybble.api.diff import diff as diff_checkpoints
+    from nybble.api.doctor import Environment as Environment
+    from nybble.api.doctor import doctor as describe_machine
+    from nybble.api.inspect import Inspection as Inspection
+    from nybble.api.inspect import inspect as inspect_checkpoint
+    from nybble.api.plan import plan as plan_checkpoint
+    from nybble.api.quantize import Result as Result
+    from nybble.api.quantize import quantize as quantize_checkpoint
+    from nybble.errors import CheckFailed as CheckFailed
+    from nybble.errors import CheckpointError as CheckpointError
+    from nybble.errors import DoesNotFit as DoesNotFit
+    from nybble.errors import FormatError as FormatError
+    from nybble.errors import KernelUnavailable as KernelUnavailable
+    from nybble.errors import ModelError as ModelError
+    from nybble.errors import NybbleError as NybbleError
+    from nybble.errors import RecipeError as RecipeError
+    from nybble.plan.plan import Plan as Plan
+
+# Public name -> module and name there. The functions are not called `plan` or `quantize` here, because packages are.
+_WHERE = {
+    "plan_checkpoint": ("nybble.api.plan", "plan"),
+    "quantize_checkpoint": ("nybble.api.quantize", "quantize"),
+    "inspect_checkpoint": ("nybble.api.inspect", "inspect"),
+    "diff_checkpoints": ("nybble.api.diff", "diff"),
+    "describe_machine": ("nybble.api.doctor", "doctor"),
+    "Plan": ("nybble.plan.plan", "Plan"),
+    "Result": ("nybble.api.quantize", "Result"),
+    "Inspection": ("nybble.api.inspect", "Inspection"),
+    "Difference": ("nybble.api.diff", "Difference"),
+    "Environment": ("nybble.api.doctor", "Environment"),
+    "NybbleError": ("nybble.errors", "NybbleError"),
+    "CheckpointError": ("nybble.errors", "CheckpointError"),
+    "FormatError": ("nybble.errors", "FormatError"),
+    "RecipeError": ("nybble.errors", "RecipeError"),
+    "ModelError": ("nybble.errors", "ModelError"),
+    "KernelUnavailable": ("nybble.errors", "KernelUnavailable"),
+    "CheckFailed": ("nybble.errors", "CheckFailed"),
+    "DoesNotFit": ("nybble.errors", "DoesNotFit"),
+}
+
+__all__ = list(_WHERE)
+
+
+def __getattr__(name: str) -> object:
+    if name in _WHERE:
+        module, attribute = _WHERE[name]
+        value = getattr(import_module(module), attribute)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'nybble' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

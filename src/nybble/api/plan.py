@@ -1,0 +1,115 @@
+"""`nybble plan`: what a recipe will do to a checkpoint, from headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
+
+from nybble.checkpoint.compressed_tensors import CompressedTensors
+from nybble.checkpoint.layout import Layout
+from nybble.checkpoint.modelopt import ModelOpt
+from nybble.checkpoint.reader import Checkpoint
+from nybble.errors import RecipeError
+from nybble.plan.plan import Plan, make_plan
+from nybble.plan.recipe import Recipe, load_recipe
+
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ModelOpt(), CompressedTensors())}
+
+
+def find_layout(name: str) -> Layout:
+    """A layout by its word. Raises RecipeError for an unknown one."""
+    if name not in LAYOUTS:
+        raise RecipeError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def plan(
+    model: str | PathLike[str],
+    recipe: str | Recipe = "nvfp4",
+    *,
+    layout: str = "modelopt",
+    generic: bool = False,
+    data_free: bool = False,
+) -> Plan:
+    """The plan of a recipe for a local checkpoint folder; headers without data will do.
+
+    `data_free` plans what a run without measured activations writes. Raises as `make_plan` does.
+    """
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    if data_free:
+        chosen = chosen.without_data()
+    checkpoint = Checkpoint.open(Path(model), headers_only=True)
+    return make_plan(checkpoint, chosen, find_layout(layout), generic=generic)
+
+
+def data_free_form(found: Plan, *, generic: bool = False) -> Plan | None:
+    """What a run without measured activations would write instead; None if the recipe has no such form.
+
+    The plan itself, where it needs no data.
+    """
+    if not found.recipe.needs_data:
+        return found
+    try:
+        return make_plan(
+            found.checkpoint, found.recipe.without_data(), found.layout, generic=generic
+        )
+    except RecipeError:
+        return None
+
+
+def as_json(found: Plan, data_free: Plan | None) -> dict[str, object]:
+    """The plan as the JSON document `nybble.plan/1`."""
+    return {
+        "schema": "nybble.plan/1",
+        "model": str(found.checkpoint.path),
+        "model_type": found.family.model_type,
+        "recipe": found.recipe.name,
+        "layout": found.layout.name,
+        **totals(found),
+        "needs_data": found.recipe.needs_data,
+        "data_free": None if data_free is None or data_free is found else totals(data_free),
+        "rows": [
+            {
+                **{k: v for k, v in asdict(row).items() if k != "scheme"},
+                "scheme": row.scheme.name,
+                "weight": row.scheme.weight.name if row.scheme.weight else row.dtype.lower(),
+                "activations": row.scheme.activation,
+                "bits_per_weight": row.bits_per_weight,
+            }
+            for row in found.rows
+        ],
+        "notes": list(found.notes),
+    }
+
+
+def totals(found: Plan) -> dict[str, object]:
+    """The sums of a plan."""
+    source = sum(row.source_bytes for row in found.rows)
+    parameters = sum(row.parameters for row in found.rows)
+    return {
+        "source_tensors": len(found.checkpoint.tensors),
+        "tensors": len(found.copies)
+        + sum(len(found.leaves(j.scheme, m.shape)) for j in found.jobs for m in j.members),
+        "parameters": parameters,
+        "active_parameters": sum(row.active for row in found.rows),
+        "source_bytes": source,
+        "bytes": found.payload_bytes,
+        "ratio": source / found.payload_bytes,
+        "bits_per_weight": 8 * found.payload_bytes / parameters,
+        "bytes_per_token": sum(row.active_bytes for row in found.rows),
+        "source_bytes_per_token": active_source_bytes(found),
+        "hub_parameters": found.stored_parameters,
+    }
+
+
+def active_source_bytes(found: Plan) -> int:
+    """Bytes of the source that one decoded token reads."""
+    return sum(
+        round(row.source_bytes * row.active / row.parameters)
+        for row in found.rows
+        if row.parameters
+    )
+
+
+__all__ = ["LAYOUTS", "Plan", "as_json", "data_free_form", "find_layout", "plan", "totals"]

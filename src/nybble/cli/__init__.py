@@ -1,0 +1,56 @@
+"""The command line: arguments in, tables out. Heavy modules are imported inside the commands, so that help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import nybble
+from nybble.cli import plan, quantize
+from nybble.errors import NybbleError
+
+app = typer.Typer(
+    name="nybble",
+    help="Four-bit LLM checkpoints: plan, quantize, inspect, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("plan")(plan.command)
+app.command("quantize")(quantize.command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"nybble {nybble.__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Four-bit LLM checkpoints: plan, quantize, inspect, compare."""
+
+
+def main() -> None:
+    """Run the command line. Errors become one line on stderr and the exit code of their kind."""
+    try:
+        app()
+    except NybbleError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; what is written stays, --resume continues\n")
+        sys.exit(130)
+    except BrokenPipeError:  # `nybble ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

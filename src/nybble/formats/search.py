@@ -1,0 +1,210 @@
+"""Scale search: which scales a weight gets, and the codes that follow. This numpy code is the definition; kernels agree.
+
+Three searches, at the same bytes (methods and measured gains: docs/formats.md):
+
+    absmax     the largest element of a block maps to 6, the largest of the tensor to 6 * 448; ModelOpt's bytes
+    four-six   it maps to 6 or to 4, whichever costs less (four-over-six)
+    mse        the scale with the least squared error among all 126 positive E4M3 values
+
+`four-six` and `mse` use a power-of-two tensor scale that leaves the top block room to expand: then every product
+code * scale is exact in BF16, its reciprocal is exact, and fused tensors can share it at no cost.
+
+A block's error is the float32 sum, element by element, of the squares of x - s * code in units of the tensor scale,
+with codes from x * (1 / s); ties go to the smaller scale. The final codes come from the quotient x / s.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble.errors import FormatError
+from nybble.formats.block import FP8, MXFP4, NVFP4, BlockFormat
+from nybble.formats.element import (
+    E2M1,
+    E4M3,
+    E8M0,
+    F32,
+    F32Array,
+    U8Array,
+    decode,
+    encode,
+    pack_nibbles,
+)
+from nybble.formats.tensor import BlockScaledTensor, expand
+
+Search = Literal["absmax", "four-six", "mse"]
+SEARCHES: tuple[Search, ...] = get_args(Search)
+
+#: The tensor scale maps the tensor's largest element to at most 6 * 256: the top block may still grow by 448 / 256.
+TOP_BLOCK_SCALE = 256.0
+#: Power-of-two tensor scales stay in this range, so that products with the smallest scale and code are normal.
+MIN_TENSOR_SCALE = 2.0**-116
+
+_ZERO_BLOCK = 0x38  # E4M3 1.0, as ModelOpt writes for a block of zeros
+_MX_ZERO_BLOCK = 127  # E8M0 1.0
+
+
+def power_of_two_at_least(x: F32Array) -> F32Array:
+    """The smallest power of two that is not below x > 0, elementwise."""
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.float32(1), exponent - (mantissa == 0.5)).astype(np.float32)
+
+
+def tensor_scale(amax: F32Array, fmt: BlockFormat, search: Search) -> F32Array:
+    """The tensor scale of NVFP4, or the scale of FP8, for weights whose largest magnitude is amax (float32, any shape).
+
+    Shared by fused members through their common amax. A dead tensor (amax 0) has scale 1: ModelOpt would write 0 and
+    NaN block scales there, the one place where `absmax` differs from it on purpose.
+    """
+    amax = np.asarray(amax, dtype=np.float32)
+    most = np.float32(E2M1.max * E4M3.max if fmt is NVFP4 else E4M3.max)
+    if search == "absmax":
+        scale = amax / most
+    else:
+        reach = np.float32(E2M1.max * TOP_BLOCK_SCALE) if fmt is NVFP4 else most
+        scale = np.maximum(
+            power_of_two_at_least(np.where(amax > 0, amax, 1) / reach), MIN_TENSOR_SCALE
+        )
+    return np.where(scale > 0, scale, 1).astype(np.float32)
+
+
+def quantize(
+    x: NDArray[np.generic],
+    fmt: BlockFormat,
+    search: Search = "mse",
+    *,
+    scale: F32Array | None = None,
+) -> BlockScaledTensor:
+    """Round x [..., N, K] to fmt with the scales that `search` finds; arithmetic in float32, leading dimensions kept.
+
+    `scale` gives the tensor scale of NVFP4 [...] or the scales of FP8 (`fmt.scale_shape`) instead of taking them from
+    x: members of a fused group pass their common one. Raises FormatError for NaN or infinities, for a shape that does
+    not divide into blocks, and for `four-six` on a format without a choice of scales.
+    """
+    fmt.check_shape(x.shape, "quantize")
+    check_search(fmt, search)
+    exact = np.ascontiguousarray(x).astype(np.float32)
+    if not np.isfinite(exact).all():
+        index = tuple(int(i) for i in np.argwhere(~np.isfinite(exact))[0])
+        raise FormatError(f"quantize: value {exact[index]} at index {list(index)} is not finite")
+    if fmt.scale is F32:
+        return _quantize_fp8(exact, fmt, search, scale, bf16_quotient=x.dtype == ml_dtypes.bfloat16)
+    blocks = exact.reshape(-1, fmt.block[1])
+    if fmt is MXFP4:
+        codes_of_scale = _mx_scale(blocks, search)
+        scales, top = decode(codes_of_scale, E8M0), None
+    else:
+        top = scale
+        if top is None:
+            top = tensor_scale(np.abs(exact).max(axis=(-2, -1)), fmt, search)
+        each = np.broadcast_to(
+            top[..., None, None], (*exact.shape[:-1], exact.shape[-1] // 16)
+        ).reshape(-1)
+        codes_of_scale = nvfp4_scale_codes(blocks, each, search)
+        scales = decode(codes_of_scale, E4M3) * each
+    quotient = blocks / scales[:, None]
+    codes = encode(quotient, E2M1)
+    codes &= np.where(quotient < 0, 15, 7).astype(np.uint8)  # -0 loses its sign, as in ModelOpt
+    return BlockScaledTensor(
+        fmt,
+        x.shape,
+        pack_nibbles(codes.reshape(x.shape)),
+        codes_of_scale.reshape(fmt.scale_shape(x.shape)),
+        top,
+    )
+
+
+def check_search(fmt: BlockFormat, search: str) -> None:
+    """Raise FormatError if `search` is unknown or means nothing for fmt."""
+    if search not in SEARCHES:
+        raise FormatError(f"unknown scale search {search!r}: choose one of {', '.join(SEARCHES)}")
+    if search == "four-six" and fmt is MXFP4:
+        raise FormatError(
+            "four-six chooses between two E4M3 scales, and MXFP4 scales are powers of two: use absmax or mse"
+        )
+
+
+def nvfp4_scale_codes(blocks: F32Array, top: F32Array, search: Search) -> U8Array:
+    """E4M3 scale codes of blocks [B, 16] under tensor scales top [B]."""
+    magnitude = np.abs(blocks)
+    amax = magnitude.max(axis=1)
+    if search == "absmax":
+        ratio = amax / (np.float32(6) * top)
+        codes = encode(np.clip(ratio, E4M3.min, E4M3.max).astype(np.float32), E4M3)
+        return np.where(ratio > 0, codes, np.uint8(_ZERO_BLOCK)).astype(np.uint8)
+    x = magnitude / top[:, None]
+    if search == "four-six":
+        unit = amax / top
+        six, four = (
+            encode(np.clip(unit / np.float32(m), E4M3.min, E4M3.max).astype(np.float32), E4M3)
+            for m in (6, 4)
+        )
+        worse = block_error(x, decode(four, E4M3)) < block_error(x, decode(six, E4M3))
+        codes = np.where(worse, four, six)
+    else:
+        codes = np.zeros(len(x), dtype=np.uint8)
+        best = np.full(len(x), np.inf, dtype=np.float32)
+        for code in range(1, 127):
+            error = block_error(x, decode(np.full(len(x), code, dtype=np.uint8), E4M3))
+            codes[error < best] = code
+            best = np.minimum(best, error)
+    return np.where(amax > 0, codes, np.uint8(_ZERO_BLOCK)).astype(np.uint8)
+
+
+def block_error(x: F32Array, s: F32Array) -> F32Array:
+    """Squared error [B] of magnitudes x [B, block] at scales s [B]: a float32 sum in the order of the elements."""
+    reciprocal = np.float32(1) / s
+    total = np.zeros(len(x), dtype=np.float32)
+    for i in range(x.shape[1]):
+        value = decode(encode(x[:, i] * reciprocal, E2M1), E2M1)
+        d = x[:, i] - s * value  # the product is exact: at most 4 + 2 significant bits
+        total += d * d
+    return total
+
+
+def _mx_scale(blocks: F32Array, search: Search) -> U8Array:
+    """E8M0 exponent fields of MXFP4 blocks [B, 32].
+
+    absmax: floor(log2(amax, rounded up to a power of two from mantissa 1.75 on)) - 2: compressed-tensors' rule, the
+    only container that holds MXFP4. mse: the best of all fields, in units of the block's own first scale.
+    """
+    magnitude = np.abs(blocks)
+    amax = magnitude.max(axis=1)
+    field = ((amax.view(np.uint32) + np.uint32(0x00200000)) >> 23).astype(np.int64) - 2
+    field = np.clip(field, 1, 254)
+    if search == "mse":
+        top = np.minimum(field + 1, 253)
+        x = magnitude * np.ldexp(np.float32(1), 127 - top).astype(np.float32)[:, None]
+        best = np.full(len(x), np.inf, dtype=np.float32)
+        # Three octaves below the top every block of 32 clips its largest element to an eighth: never the best.
+        for step in range(8):
+            code = np.maximum(top - step, 1)
+            error = block_error(x, np.ldexp(np.float32(1), code - top).astype(np.float32))
+            field = np.where(error <= best, code, field)
+            best = np.minimum(best, error)
+    return np.where(amax > 0, field, _MX_ZERO_BLOCK).astype(np.uint8)
+
+
+def _quantize_fp8(
+    x: F32Array, fmt: BlockFormat, search: Search, scale: F32Array | None, *, bf16_quotient: bool
+) -> BlockScaledTensor:
+    if scale is None:
+        scale = tensor_scale(block_amax(x, fmt), fmt, search)
+    quotient = x / expand(scale, fmt, x.shape)
+    if fmt is FP8 and search == "absmax" and bf16_quotient:
+        # ModelOpt divides a BF16 weight by a 0-d scale, and torch rounds that quotient to BF16 before the cast.
+        quotient = quotient.astype(ml_dtypes.bfloat16).astype(np.float32)
+    return BlockScaledTensor(fmt, x.shape, encode(quotient, E4M3), scale, None)
+
+
+def block_amax(x: F32Array, fmt: BlockFormat) -> F32Array:
+    """Largest magnitude of each block of x [..., N, K], ragged edges included: `fmt.scale_shape(x.shape)`."""
+    n, k = x.shape[-2:]
+    rows, columns = (size or whole for size, whole in zip(fmt.block, (n, k), strict=True))
+    magnitude = np.abs(x)
+    by_rows = np.maximum.reduceat(magnitude, np.arange(0, n, rows), axis=-2)
+    return np.maximum.reduceat(by_rows, np.arange(0, k, columns), axis=-1)

@@ -1,0 +1,1 @@
+"""The same mathematics, fast: one folder per operation, its definition beside its back ends."""

@@ -1,0 +1,135 @@
+"""amax, block quantization, decoding and comparison of runs of a weight.
+
+A *run* is a contiguous piece of a weight with one tensor scale: a matrix, or some rows of it. All runs of a call are
+worked on together by one set of threads. The definition is `formats.search`; `reference.py` applies it to runs, and
+`cpu.py` calls the C kernels. Both give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble.errors import FormatError
+from nybble.formats.block import BlockFormat
+from nybble.formats.element import F32Array, U8Array
+from nybble.formats.search import Search, check_search
+from nybble.kernels import dispatch
+
+SOURCE_DTYPES = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Of one run: squared error and energy against the source, and scale bytes that are zero, negative or NaN."""
+
+    error: float
+    energy: float
+    bad_scales: int
+
+
+def amax(runs: Sequence[NDArray[np.generic]], threads: int = 1) -> F32Array:
+    """The largest magnitude of each run, float32 [runs]; infinity or NaN where a run holds one."""
+    dtype = _check_runs(runs)
+    return _backend().amax(runs, dtype, threads)  # type: ignore[no-any-return]
+
+
+def quantize(
+    runs: Sequence[NDArray[np.generic]],
+    fmt: BlockFormat,
+    search: Search,
+    scales: F32Array,
+    codes: Sequence[U8Array],
+    block_scales: Sequence[U8Array],
+    threads: int = 1,
+    *,
+    bf16_quotient: bool = False,
+) -> None:
+    """Quantize each run into codes[i] and block_scales[i] (contiguous uint8, filled in place).
+
+    `scales` is float32 [runs]: the tensor scale of NVFP4 (a power of two unless `search` is absmax), the one scale of
+    the run for FP8, unused for MXFP4. FP8 needs no block_scales. Values must be finite: see `amax`.
+    `bf16_quotient` rounds FP8 quotients to BF16 first, as ModelOpt does for one scale per tensor.
+    """
+    check_search(fmt, search)
+    dtype = _check_runs(runs)
+    _check_outputs(runs, fmt, codes, block_scales)
+    _backend().quantize(
+        runs, dtype, fmt, search, scales, codes, block_scales, threads, bf16_quotient
+    )
+
+
+def decode(
+    fmt: BlockFormat,
+    scales: F32Array,
+    codes: Sequence[U8Array],
+    block_scales: Sequence[U8Array],
+    threads: int = 1,
+) -> list[F32Array]:
+    """The float32 values of quantized runs, flat."""
+    return _backend().decode(fmt, scales, codes, block_scales, threads)  # type: ignore[no-any-return]
+
+
+def compare(
+    runs: Sequence[NDArray[np.generic]],
+    fmt: BlockFormat,
+    scales: F32Array,
+    codes: Sequence[U8Array],
+    block_scales: Sequence[U8Array],
+    threads: int = 1,
+) -> list[Comparison]:
+    """Decode each run and hold it against its source."""
+    dtype = _check_runs(runs)
+    _check_outputs(runs, fmt, codes, block_scales)
+    return _backend().compare(  # type: ignore[no-any-return]
+        runs, dtype, fmt, scales, codes, block_scales, threads
+    )
+
+
+def _backend() -> ModuleType:
+    if dispatch.choose().backend == "cpu":
+        from nybble.kernels.block_quantize import cpu
+
+        return cpu
+    from nybble.kernels.block_quantize import reference
+
+    return reference
+
+
+def _check_runs(runs: Sequence[NDArray[np.generic]]) -> np.dtype[np.generic]:
+    dtypes = {r.dtype for r in runs}
+    if len(dtypes) > 1:
+        raise FormatError(f"one call takes runs of one dtype, found {sorted(map(str, dtypes))}")
+    dtype = dtypes.pop() if dtypes else np.dtype(np.float32)
+    if dtype not in SOURCE_DTYPES:
+        raise FormatError(f"weights must be BF16, F16 or F32 to be quantized, found {dtype}")
+    for run in runs:
+        if not run.flags.c_contiguous:
+            raise FormatError("a run must be contiguous")
+    return dtype
+
+
+def _check_outputs(
+    runs: Sequence[NDArray[np.generic]],
+    fmt: BlockFormat,
+    codes: Sequence[U8Array],
+    block_scales: Sequence[U8Array],
+) -> None:
+    per_byte = 2 if fmt.is_packed else 1
+    for i, run in enumerate(runs):
+        if fmt.is_packed and run.size % fmt.block[1]:
+            raise FormatError(f"a {fmt} run must be whole blocks of {fmt.block[1]}: {run.size}")
+        wanted = (run.size // per_byte, run.size // fmt.block[1] if fmt.is_packed else 0)
+        found = (codes[i].size, block_scales[i].size if fmt.is_packed else 0)
+        outputs = [codes[i], *([block_scales[i]] if fmt.is_packed else [])]
+        if wanted != found or not all(
+            o.flags.c_contiguous and o.dtype == np.uint8 for o in outputs
+        ):
+            raise FormatError(
+                f"run {i}: expected contiguous uint8 buffers of {wanted}, found {found}"
+            )

@@ -1,0 +1,160 @@
+"""The shared library of C kernels: found prebuilt, or compiled once for this source and cached.
+
+Order: a library shipped inside the wheel; the cache; the system's compiler (`$CC`, cc, gcc, clang); `ziglang` from the
+package registry. Every instruction set is in the one library and chosen at run time, so it may move between machines
+of one architecture. Each missing thing is said in one line, and costs speed, never the result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+log = logging.getLogger("nybble")
+
+FOLDER = Path(__file__).parent
+SOURCES = ("pool.c", "block_quantize/cpu.c")
+# Contraction would round products twice on some machines and once on others; codes must not depend on that. The other
+# two keep GCC from spilling the candidates of the scale search (5 % of its speed); clang ignores what it does not know.
+FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
+GCC_FLAGS = ("-fschedule-insns", "-fno-tree-slp-vectorize")
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A loaded kernel library, and how it was come by; or None with the reason."""
+
+    handle: ctypes.CDLL | None
+    origin: str
+
+
+def source_hash() -> str:
+    """A hash over every C source and header, the flags and the machine: the cache key."""
+    digest = hashlib.sha256()
+    for path in sorted([*FOLDER.rglob("*.c"), *FOLDER.rglob("*.h")]):
+        digest.update(path.relative_to(FOLDER).as_posix().encode() + b"\0" + path.read_bytes())
+    digest.update(repr((FLAGS, GCC_FLAGS, platform.machine(), sys.platform)).encode())
+    return digest.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept: `$NYBBLE_CACHE`, else the user's cache folder."""
+    chosen = os.environ.get("NYBBLE_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nybble"
+
+
+def library_name() -> str:
+    """The file name of the library for the present sources."""
+    return f"libnybble-{source_hash()}.{'dylib' if sys.platform == 'darwin' else 'so'}"
+
+
+def compilers() -> list[list[str]]:
+    """Command prefixes that may compile C here, best first."""
+    found = []
+    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
+        if name and shutil.which(name.split()[0]):
+            found.append(name.split())
+    if importlib.util.find_spec("ziglang"):
+        found.append([sys.executable, "-m", "ziglang", "cc"])
+    return found
+
+
+def compile_library(compiler: list[str], target: Path) -> None:
+    """Compile into target, atomically: concurrent starts each rename a whole file of equal content.
+
+    Raises OSError if the folder cannot be written, subprocess.CalledProcessError if the compiler fails.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
+        out = Path(folder) / target.name
+        sources = [str(FOLDER / s) for s in SOURCES]
+        is_zig = "ziglang" in compiler
+        environment = dict(os.environ)
+        if is_zig:  # zig keeps a cache of its own, by default in the home folder
+            environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path(folder) / "zig"))
+            environment.setdefault("ZIG_LOCAL_CACHE_DIR", str(Path(folder) / "zig"))
+        extra = () if is_zig else GCC_FLAGS
+        for flags in (extra, ()):
+            command = [*compiler, *FLAGS, *flags, *sources, "-o", str(out), "-lm"]
+            result = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if result.returncode == 0:
+                break
+            if not flags:
+                raise subprocess.CalledProcessError(
+                    result.returncode, command, result.stdout, result.stderr
+                )
+        os.replace(out, target)
+
+
+def build(force: bool = False) -> tuple[Path | None, str]:
+    """Find or make the library. Returns its path, or None, and one line saying which and why."""
+    name = library_name()
+    if (FOLDER / name).exists() and not force:
+        return FOLDER / name, "prebuilt, shipped with the package"
+    targets = [folder / name for folder in (cache_folder(), _temporary_folder()) if folder]
+    for target in targets:
+        if target.exists() and _is_ours(target) and not force:
+            return target, f"compiled earlier: {target}"
+    available = compilers()
+    if not available:
+        return None, "no C compiler (cc, gcc, clang, or `pip install ziglang`): numpy does the work"
+    problems = []
+    for compiler in available:
+        shown = "ziglang" if "ziglang" in compiler else " ".join(compiler)
+        for target in targets:
+            try:
+                compile_library(compiler, target)
+            except OSError as error:
+                problems.append(f"cannot write {target.parent}: {error.strerror}")
+                continue
+            except subprocess.CalledProcessError as error:
+                lines = (error.stderr or "").strip().splitlines()
+                problems.append(f"{shown} failed: {lines[-1] if lines else error}")
+                break
+            note = f" ({'; '.join(problems)})" if problems else ""
+            return target, f"compiled with {shown} into {target}{note}"
+    return None, "; ".join(problems) + ": numpy does the work"
+
+
+def _temporary_folder() -> Path | None:
+    """A private folder for machines where the cache cannot be written; None if somebody else made it."""
+    folder = Path(tempfile.gettempdir()) / f"nybble-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError:
+        return None
+    return folder if _is_ours(folder) else None
+
+
+def _is_ours(path: Path) -> bool:
+    """Only this user can have written it: a library is code, and must not come from somebody else."""
+    found = path.stat()
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
+
+
+@lru_cache(maxsize=1)
+def load() -> Library:
+    """The library, built on first use; `handle` is None, with the reason in `origin`, where there is none."""
+    path, origin = build()
+    if path is None:
+        log.warning("compiled kernels are not available: %s", origin)
+        return Library(None, origin)
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        log.warning("compiled kernels could not be loaded from %s: %s", path, error)
+        return Library(None, f"{path} could not be loaded: {error}")
+    return Library(handle, origin)

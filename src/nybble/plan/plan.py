@@ -1,0 +1,465 @@
+"""The plan: what happens to every tensor of a checkpoint, what comes out, and how many bytes it takes.
+
+Made from headers alone. `quantize` executes it, `check` audits against it. A tensor that nobody claims stops planning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from nybble.checkpoint.layout import Layout, Leaf, Listing
+from nybble.checkpoint.reader import Checkpoint, TensorInfo, TensorSpec
+from nybble.errors import ModelError, RecipeError
+from nybble.families import Claimed, Dimensions, Family, find_family, generic_family
+from nybble.formats.block import Shape
+from nybble.formats.scheme import BF16, Scheme
+from nybble.plan.recipe import Recipe, Rule
+
+#: Dtypes a weight may have to be quantized.
+FLOATS = ("BF16", "F16", "F32")
+#: Roles that a decoded token does not read: the embedding is a look-up, the others are other models' work.
+NOT_PER_TOKEN = ("embedding", "vision", "mtp")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One matrix [N, K] of the source and the module it becomes.
+
+    `source` is the tensor's name, `expert` its place in a stack [E, rows, K] or None, `first_row` where it begins.
+    """
+
+    module: str
+    source: str
+    expert: int | None
+    first_row: int
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The members of one fused group (or one lone matrix): they share a tensor scale and are done together."""
+
+    name: str
+    role: str
+    scheme: Scheme
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A tensor that goes over byte for byte."""
+
+    tensor: TensorInfo
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the plan's table: tensors of one role with one scheme.
+
+    `tensors` counts source tensors, `modules` what they become, `active` the parameters a decoded token reads.
+    """
+
+    role: str
+    scheme: Scheme
+    dtype: str  # of copies; "" for quantized rows
+    tensors: int
+    modules: int
+    parameters: int
+    active: int
+    source_bytes: int
+    bytes: int
+    active_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk per parameter, scales included."""
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen. Jobs and copies together take every tensor of the source exactly once."""
+
+    checkpoint: Checkpoint
+    family: Family
+    dimensions: Dimensions
+    recipe: Recipe
+    layout: Layout
+    jobs: tuple[Job, ...]
+    copies: tuple[Copy, ...]
+    notes: tuple[str, ...]
+    _leaves: dict[tuple[str, Shape], tuple[Leaf, ...]] = field(default_factory=dict, repr=False)
+
+    def leaves(self, scheme: Scheme, shape: Shape) -> tuple[Leaf, ...]:
+        """The tensors that a module of this scheme and shape becomes."""
+        key = (scheme.name, shape)
+        if key not in self._leaves:
+            self._leaves[key] = self.layout.leaves(scheme, shape)
+        return self._leaves[key]
+
+    def member_bytes(self, job: Job, member: Member) -> int:
+        """Bytes on disk of one member."""
+        return sum(leaf.nbytes for leaf in self.leaves(job.scheme, member.shape))
+
+    @cached_property
+    def by_source(self) -> dict[str, list[tuple[Job, Member]]]:
+        """The members that come out of each quantized source tensor, in the order of its rows."""
+        found: dict[str, list[tuple[Job, Member]]] = {}
+        for job in self.jobs:
+            for member in job.members:
+                found.setdefault(member.source, []).append((job, member))
+        for members in found.values():
+            members.sort(key=lambda m: (m[1].expert or 0, m[1].first_row))
+        return found
+
+    @cached_property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Every tensor of the result, in the order of the source."""
+        copies = {c.tensor.name: c for c in self.copies}
+        specs: list[TensorSpec] = []
+        for name, tensor in self.checkpoint.tensors.items():
+            if name in copies:
+                specs.append(tensor.spec)
+            for job, member in self.by_source.get(name, ()):
+                specs.extend(
+                    leaf.spec(member.module) for leaf in self.leaves(job.scheme, member.shape)
+                )
+        return tuple(specs)
+
+    @cached_property
+    def payload_bytes(self) -> int:
+        """Bytes of all tensors of the result, headers not counted."""
+        return sum(row.bytes for row in self.rows)
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The table by role and scheme."""
+        return _table(self)
+
+    @cached_property
+    def stored_parameters(self) -> int:
+        """What model hubs show as the size: stored elements, two four-bit weights in each, no scales, no MTP head."""
+        total = sum(c.tensor.size for c in self.copies if c.role != "mtp")
+        for job in self.jobs:
+            for member in job.members:
+                n, k = member.shape
+                packed = job.scheme.weight is not None and job.scheme.weight.is_packed
+                total += n * k // (2 if packed else 1)
+        return total
+
+    def digest(self) -> str:
+        """A hash of everything that decides the bytes of the result, the source's values excepted."""
+        text = hashlib.sha256()
+        for spec in self.outputs:
+            text.update(f"{spec.name} {spec.dtype} {spec.shape}\n".encode())
+        for job in self.jobs:
+            text.update(f"{job.name} {job.scheme} {[m.module for m in job.members]}\n".encode())
+        return text.hexdigest()[:16]
+
+    def listing(self, version: str) -> Listing:
+        """What the layout's configuration files say: modules by scheme, experts by container."""
+        return _listing(self, version)
+
+
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, layout: Layout, *, generic: bool = False
+) -> Plan:
+    """Decide what happens to every tensor of an unquantized checkpoint.
+
+    Raises ModelError for an unknown model type (unless `generic`), an unclaimed tensor, a shape that contradicts the
+    configuration or a missing tensor; RecipeError for a source that is quantized already, a rule that matches nothing,
+    a split fused group, a weight that does not divide into blocks, or schemes that the layout cannot carry.
+    """
+    _refuse_quantized(checkpoint)
+    tensors = checkpoint.tensors
+    if generic:
+        family = generic_family({name: (t.dtype, t.shape) for name, t in tensors.items()})
+    else:
+        family = find_family(checkpoint.config)
+    dimensions = family.dimensions(checkpoint.config)
+    claims = {name: family.claim(name) for name in tensors}
+    notes = _check_tensors(checkpoint, family, dimensions, claims)
+
+    used: set[Rule] = set()
+    jobs: dict[str, Job] = {}
+    members: dict[str, list[Member]] = {}
+    copies = []
+    for name, tensor in tensors.items():
+        claimed = claims[name]
+        assert claimed is not None
+        found = _members(claimed, tensor) if claimed.claim.is_linear else []
+        chosen = [_scheme(recipe, claimed.claim.role, m.module, used) for _, m in found]
+        if claimed.claim.role == "lm_head" and dimensions.tied:
+            chosen = [BF16]
+        if not any(s.weight for s in chosen):
+            copies.append(Copy(tensor, claimed.claim.role))
+            continue
+        _check_quantizable(tensor, found, chosen)
+        for (group, member), scheme in zip(found, chosen, strict=True):
+            jobs.setdefault(group, Job(group, claimed.claim.role, scheme, ()))
+            if jobs[group].scheme != scheme:
+                raise _split(
+                    recipe,
+                    group,
+                    members[group][0].module,
+                    jobs[group].scheme,
+                    member.module,
+                    scheme,
+                )
+            members.setdefault(group, []).append(member)
+    _refuse_split_copies(recipe, jobs, copies, claims)
+    _refuse_idle_rules(recipe, used, family, claims, dimensions)
+    if refusal := layout.refusal([job.scheme for job in jobs.values()]):
+        raise RecipeError(f"recipe {recipe.name}: {refusal}")
+    if dimensions.tied and any("lm_head" in r.roles and r.scheme.weight for r in recipe.rules):
+        notes.append(
+            "lm_head is tied to the embedding and stays as it is: one tensor, and the look-up needs it"
+        )
+    done = tuple(Job(j.name, j.role, j.scheme, tuple(members[name])) for name, j in jobs.items())
+    return Plan(checkpoint, family, dimensions, recipe, layout, done, tuple(copies), tuple(notes))
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    section = checkpoint.config.get("quantization_config")
+    if section is not None:
+        method = section.get("quant_method", "?") if isinstance(section, Mapping) else "?"
+        raise RecipeError(
+            f"{checkpoint.path}: config.json says this checkpoint is quantized already (quant_method {method}); "
+            "quantizing it again would add its errors to new ones. Start from the BF16 original"
+        )
+
+
+def _check_tensors(
+    checkpoint: Checkpoint,
+    family: Family,
+    dimensions: Dimensions,
+    claims: Mapping[str, Claimed | None],
+) -> list[str]:
+    """Raise for unclaimed, contradicting and missing tensors; return notes on an MTP head or a tower that is absent."""
+    unclaimed = [name for name, claimed in claims.items() if claimed is None]
+    if unclaimed:
+        more = f" and {len(unclaimed) - 1} more" if len(unclaimed) > 1 else ""
+        raise ModelError(
+            f"{checkpoint.path}: no rule of the family {family.model_type} claims tensor {unclaimed[0]!r}{more}; "
+            "nothing is dropped or guessed. If the file is right, the family is missing a fact: please report it. "
+            "`--generic` plans by names and shapes alone"
+        )
+    shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
+    if problems := family.contradictions(shapes, dimensions):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ModelError(f"{checkpoint.path}: {problems[0]}{more}")
+    absent = family.missing(checkpoint.tensors, dimensions)
+    side = {"mtp": [], "vision": []}  # type: dict[str, list[str]]
+    trunk = []
+    for name in absent:
+        claimed = family.claim(name)
+        side.get(claimed.claim.role if claimed else "", trunk).append(name)
+    if trunk:
+        raise ModelError(
+            f"{checkpoint.path}: config.json promises {trunk[0]!r}, and no shard holds it"
+            f"{f' (nor {len(trunk) - 1} others)' if len(trunk) > 1 else ''}; the download or an earlier tool lost it"
+        )
+    words = {"mtp": "an MTP head", "vision": "a vision tower"}
+    return [
+        f"config.json promises {words[role]}, and the checkpoint lacks {len(names)} of its tensors ({names[0]}, ...): "
+        "the result lacks them too, and engines that use them will fail"
+        for role, names in side.items()
+        if names
+    ]
+
+
+def _members(claimed: Claimed, tensor: TensorInfo) -> list[tuple[str, Member]]:
+    """The matrices in a tensor, each with the name of its fused group."""
+    if not claimed.claim.stack:
+        group = claimed.group_key or claimed.module
+        return [(group, Member(claimed.module, tensor.name, None, 0, tensor.shape))]
+    experts, rows, k = tensor.shape
+    parts = claimed.claim.stack
+    n = rows // len(parts)
+    found = []
+    for e in range(experts):
+        base = f"{claimed.module}.{e}"
+        group = f"{base}:{claimed.claim.group}" if len(parts) > 1 else f"{base}.{parts[0]}"
+        for i, part in enumerate(parts):
+            found.append((group, Member(f"{base}.{part}", tensor.name, e, i * n, (n, k))))
+    return found
+
+
+def _scheme(recipe: Recipe, role: str, module: str, used: set[Rule]) -> Scheme:
+    for rule in recipe.rules:
+        if rule.matches(role, module):
+            used.add(rule)
+            return rule.scheme
+    return BF16
+
+
+def _check_quantizable(
+    tensor: TensorInfo, found: Sequence[tuple[str, Member]], chosen: Sequence[Scheme]
+) -> None:
+    """Raise unless all matrices of a tensor are quantized, from floats, in whole blocks."""
+    plain = [m.module for (_, m), s in zip(found, chosen, strict=True) if s.weight is None]
+    if plain:
+        raise RecipeError(
+            f"tensor {tensor.name} holds {len(found)} matrices, and the recipe quantizes only some of them "
+            f"({plain[0]} stays); a stacked tensor is quantized whole or not at all"
+        )
+    if tensor.dtype not in FLOATS:
+        raise RecipeError(
+            f"tensor {tensor.name} is {tensor.dtype}; only {', '.join(FLOATS)} weights can be quantized"
+        )
+    for shape, scheme in {(m.shape, s) for (_, m), s in zip(found, chosen, strict=True)}:
+        if scheme.weight is not None:
+            scheme.weight.check_shape(shape, f"tensor {tensor.name}")
+
+
+def _split(
+    recipe: Recipe, group: str, first: str, first_scheme: Scheme, second: str, second_scheme: Scheme
+) -> RecipeError:
+    return RecipeError(
+        f"recipe {recipe.name} splits the fused group {group}: {first} would be {first_scheme}, {second} "
+        f"{second_scheme}. Engines run them as one matmul with one scheme; give all members the same"
+    )
+
+
+def _refuse_split_copies(
+    recipe: Recipe,
+    jobs: Mapping[str, Job],
+    copies: Sequence[Copy],
+    claims: Mapping[str, Claimed | None],
+) -> None:
+    for copy in copies:
+        claimed = claims[copy.tensor.name]
+        if claimed is None or not claimed.claim.is_linear or claimed.group_key not in jobs:
+            continue
+        job = jobs[claimed.group_key]
+        quantized = next(
+            n for n, c in claims.items() if c and c.group_key == job.name and n != copy.tensor.name
+        )
+        raise _split(recipe, job.name, quantized, job.scheme, copy.tensor.name, BF16)
+
+
+def _refuse_idle_rules(
+    recipe: Recipe,
+    used: set[Rule],
+    family: Family,
+    claims: Mapping[str, Claimed | None],
+    dimensions: Dimensions,
+) -> None:
+    for rule in recipe.rules:
+        if rule in used:
+            continue
+        linear = sorted({c.claim.role for c in claims.values() if c and c.claim.is_linear})
+        raise RecipeError(
+            f"recipe {recipe.name}: the rule {rule} matches no linear of this {family.model_type} checkpoint, "
+            f"whose linears have the roles {', '.join(linear)}; a rule without effect is taken for a mistake"
+        )
+
+
+def _active_share(role: str, dimensions: Dimensions) -> float:
+    """The share of a role's parameters that one decoded token reads."""
+    if role in NOT_PER_TOKEN and not (role == "embedding" and dimensions.tied):
+        return 0.0
+    if role == "routed_expert" and dimensions.experts:
+        return dimensions.experts_per_token / dimensions.experts
+    return 1.0
+
+
+def _table(plan: Plan) -> tuple[Row, ...]:
+    sums: dict[tuple[str, str, str], list[int]] = {}
+    schemes: dict[str, Scheme] = {BF16.name: BF16}
+    sources: dict[tuple[str, str, str], set[str]] = {}
+    for copy in plan.copies:
+        key = (copy.role, BF16.name, copy.tensor.dtype)
+        t = copy.tensor
+        _add(sums, key, 0, t.size, t.nbytes, t.nbytes)
+        sources.setdefault(key, set()).add(t.name)
+    width = {name: t.nbytes // max(t.size, 1) for name, t in plan.checkpoint.tensors.items()}
+    for job in plan.jobs:
+        key = (job.role, job.scheme.name, "")
+        schemes[job.scheme.name] = job.scheme
+        for m in job.members:
+            size = m.shape[0] * m.shape[1]
+            _add(sums, key, 1, size, size * width[m.source], plan.member_bytes(job, m))
+            sources.setdefault(key, set()).add(m.source)
+    order = {c.role: i for i, c in reversed(list(enumerate(plan.family.claims)))}
+    rows = []
+    for (role, scheme, dtype), (modules, parameters, before, after) in sums.items():
+        share = _active_share(role, plan.dimensions)
+        rows.append(
+            Row(
+                role,
+                schemes[scheme],
+                dtype,
+                len(sources[role, scheme, dtype]),
+                modules,
+                parameters,
+                round(parameters * share),
+                before,
+                after,
+                round(after * share),
+            )
+        )
+    rows.sort(key=lambda r: (-r.source_bytes, order.get(r.role, 0)))
+    return tuple(rows)
+
+
+def _add(
+    sums: dict[tuple[str, str, str], list[int]], key: tuple[str, str, str], *amounts: int
+) -> None:
+    row = sums.setdefault(key, [0] * len(amounts))
+    for i, amount in enumerate(amounts):
+        row[i] += amount
+
+
+def _listing(plan: Plan, version: str) -> Listing:
+    quantized: dict[str, Scheme] = {}
+    experts: dict[str, list[str]] = {}
+    for job in plan.jobs:
+        for m in job.members:
+            container, found, below = m.module.rpartition(".experts.")
+            if job.role == "routed_expert" and found:
+                name = f"{container}.experts"
+                experts.setdefault(name, []).append(below)
+                if quantized.setdefault(name, job.scheme) != job.scheme:
+                    raise RecipeError(
+                        f"{name}: its experts would have the schemes {quantized[name]} and {job.scheme}; engines "
+                        "build all experts of a layer alike"
+                    )
+            else:
+                quantized[m.module] = job.scheme
+    plain, plain_experts = [], []
+    for copy in plan.copies:
+        claimed = plan.family.claim(copy.tensor.name)
+        if claimed is None or not _is_linear_module(claimed):
+            continue
+        if claimed.claim.stack or claimed.expert is not None:
+            name = claimed.module.partition(".experts")[0] + ".experts"
+            if name not in quantized and name not in plain_experts:
+                plain_experts.append(name)
+                experts[name] = ["0.gate_proj", "0.up_proj", "0.down_proj"]
+        else:
+            plain.append(claimed.module)
+    return Listing(
+        quantized,
+        experts,
+        plain,
+        plain_experts,
+        has_mtp=any(c.role == "mtp" for c in plan.copies),
+        has_vision=any(c.role == "vision" for c in plan.copies),
+        kv_cache=plan.recipe.kv_cache,
+        version=version,
+    )
+
+
+def _is_linear_module(claimed: Claimed) -> bool:
+    """A module that engines build as a linear layer, so that a config must say it stays plain."""
+    return claimed.claim.is_linear or claimed.claim.role in ("router", "shared_expert_gate")
+
+
+def sources(plan: Plan) -> Iterator[TensorInfo]:
+    """Every source tensor once, in file order."""
+    yield from plan.checkpoint.tensors.values()

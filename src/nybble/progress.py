@@ -1,0 +1,97 @@
+"""The one progress display: a stage, how far it is, how fast, how long still.
+
+A terminal gets a line that is rewritten; anything else gets a whole line now and then. Nothing is silent for longer
+than 3 s on a terminal, 10 s otherwise, as long as the work calls `advance`. Goes to stderr; results go to stdout.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+
+class Progress:
+    """What a long job tells the person in front of it. This base class is silent: the library's default."""
+
+    def stage(self, title: str, total_bytes: int) -> None:
+        """Begin a stage of total_bytes."""
+
+    def advance(self, n_bytes: int, note: str = "") -> None:
+        """Count n_bytes as done; `note` names what was done last."""
+
+    def say(self, line: str) -> None:
+        """A line that stays on the screen."""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the display."""
+
+
+class Display(Progress):
+    """Progress on stderr."""
+
+    def __init__(self) -> None:
+        self.is_terminal = sys.stderr.isatty()
+        self.every_s = 0.1 if self.is_terminal else 5.0
+        self.title = ""
+        self.total = self.done = 0
+        self.started = self.shown = time.monotonic()
+        self.open_line = False
+
+    def stage(self, title: str, total_bytes: int) -> None:
+        """Begin a stage; it is announced at once."""
+        self._end_line()
+        self.title, self.total, self.done = title, total_bytes, 0
+        self.started = time.monotonic()
+        self._show("")
+
+    def advance(self, n_bytes: int, note: str = "") -> None:
+        """Count bytes; redraw when it is time."""
+        self.done += n_bytes
+        if time.monotonic() - self.shown >= self.every_s or self.done >= self.total:
+            self._show(note)
+
+    def say(self, line: str) -> None:
+        """A line of its own."""
+        self._end_line()
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+    def _show(self, note: str) -> None:
+        self.shown = now = time.monotonic()
+        elapsed = max(now - self.started, 1e-9)
+        share = self.done / self.total if self.total else 1.0
+        text = f"{self.title}: {share:4.0%} of {self.total / 2**30:.2f} GiB"
+        if self.done:
+            left = elapsed / self.done * (self.total - self.done)
+            text += f", {self.done / elapsed / 1e9:.2f} GB/s, {left:.0f} s left"
+        if note:
+            text += f"  {note}"
+        if self.is_terminal:
+            sys.stderr.write("\r\x1b[2K" + text[:150])
+            self.open_line = True
+        else:
+            sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    def _end_line(self) -> None:
+        if self.open_line:
+            sys.stderr.write("\n")
+            self.open_line = False
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the cursor on a fresh line."""
+        self._end_line()

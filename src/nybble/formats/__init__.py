@@ -1,1 +1,1 @@
-"""What a number is: elements, blocks, schemes, tensors, and the search for scales. numpy and ml_dtypes only."""
+"""What a number is: elements, blocks, schemes, tensors, scale search. numpy and ml_dtypes only."""

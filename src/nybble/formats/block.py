@@ -1,6 +1,7 @@
-"""Block formats: which elements share a scale, and what the scale is. One row of `FORMATS` per format.
+"""Block formats: which elements share a scale, and what the scale is. One row of `FORMATS` each.
 
-Source: NVFP4 as written by ModelOpt and compressed-tensors (docs/formats.md); MXFP4: OCP MX v1.0 section 5.3.
+Source: NVFP4 as written by ModelOpt and compressed-tensors (docs/formats.md); MXFP4: OCP MX v1.0
+section 5.3.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
-    """Elements, the block that shares one scale, the scale's format, and whether a tensor scale multiplies on top.
+    """Elements, the block that shares one scale, the scale's format, and if a tensor scale follows.
 
     `block` is (rows, columns); 0 stands for the whole extent of that axis.
     """
@@ -35,7 +36,7 @@ class BlockFormat:
         return self.element.bits == 4
 
     def check_shape(self, shape: Shape, what: str) -> None:
-        """Raise FormatError, naming `what`, unless a weight [..., N, K] of this shape divides into blocks."""
+        """Raise FormatError, naming `what`, unless a weight [..., N, K] divides into blocks."""
         if len(shape) < 2 or 0 in shape:
             raise FormatError(
                 f"{what}: {self} needs a matrix [..., N, K], found shape {list(shape)}"
@@ -51,7 +52,7 @@ class BlockFormat:
         return (*shape[:-1], shape[-1] // 2) if self.is_packed else shape
 
     def scale_shape(self, shape: Shape) -> Shape:
-        """The shape of the scales of a weight [..., N, K]: one per block, ragged edges rounded up."""
+        """The shape of the scales of a weight [..., N, K]: one per block, ragged edges too."""
         n, k = shape[-2:]
         rows, columns = self.block
         return (*shape[:-2], -(-n // (rows or n)), -(-k // (columns or k)))

@@ -1,7 +1,7 @@
 """Element formats: what one code is. Knows nothing of blocks, tensors or files.
 
-E2M1 (four bits, two per byte), E4M3 and E5M2 (OCP FP8, the `fn` and IEEE-like kinds), E8M0 (a power of two), F32.
-Source: OCP Microscaling Formats (MX) v1.0, sections 5.1-5.4; OCP FP8 specification.
+E2M1 (four bits, two per byte), E4M3 and E5M2 (OCP FP8, the `fn` and IEEE-like kinds), E8M0 (a power
+of two), F32. Source: OCP Microscaling Formats (MX) v1.0, sections 5.1-5.4; OCP FP8 specification.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ E2M1_VALUES: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True, slots=True)
 class ElementFormat:
-    """A number format of one code: `bits` wide, largest finite magnitude `max`, smallest positive `min`."""
+    """One code: `bits` wide, largest finite magnitude `max`, smallest positive `min`."""
 
     name: str
     bits: int
@@ -41,21 +41,19 @@ F32 = ElementFormat("f32", 32, float(np.finfo(np.float32).max), 2.0**-149, np.dt
 
 _E2M1_TABLE = np.array([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=np.float32)
 _E2M1_TABLE[8] = -0.0
-# Halfway points between neighbouring magnitudes; a tie goes to the even code, so every second one is inclusive.
+# Halfway points between neighbouring magnitudes; a tie goes to the even code, up at every second.
 _E2M1_HALFWAY = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=np.float32)
 
 
 def encode(x: F32Array, fmt: ElementFormat) -> U8Array:
     """Round x to the nearest value of fmt, ties to the even code, saturating; codes are one per byte.
 
-    Zeros keep their sign where the format has one. x must be finite. E8M0 rounds to the nearest power of two
-    and takes positive values only.
+    Zeros keep their sign where the format has one. x must be finite. E8M0 rounds to the nearest power
+    of two and takes positive values only.
     """
     if fmt is E2M1:
         magnitude = np.abs(x)
-        above = np.searchsorted(
-            _E2M1_HALFWAY, magnitude, side="left"
-        )  # number of halfway points < x
+        above = np.searchsorted(_E2M1_HALFWAY, magnitude)  # the number of halfway points < x
         # A tie at an odd halfway point (0.75, 1.75, 3.5) goes up, to the even code.
         tie_up = np.isin(magnitude, _E2M1_HALFWAY[1::2])
         return ((above + tie_up) | (np.signbit(x).astype(np.uint8) << 3)).astype(np.uint8)
@@ -80,8 +78,8 @@ def decode(codes: U8Array, fmt: ElementFormat) -> F32Array:
 
 
 def pack_nibbles(codes: U8Array) -> U8Array:
-    """Pack 4-bit codes [..., K] into bytes [..., K // 2]: element 2j in the low nibble, 2j + 1 in the high one."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    """Pack codes [..., K] into bytes [..., K // 2]: element 2j in the low nibble, 2j + 1 in the high."""
+    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8)
 
 
 def unpack_nibbles(packed: U8Array) -> U8Array:

@@ -1,6 +1,6 @@
 """Schemes: the formats of a module's weight and of its input. One row of `SCHEMES` per scheme.
 
-A scheme says what a layout must declare and what an engine will run; it knows no file and no engine.
+A scheme says what a layout must declare and what an engine will run; it knows neither.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from nybble.formats.element import E2M1, E4M3, ElementFormat
 class Activation:
     """How a module's input is quantized.
 
-    `granularity` is what shares a scale: "tensor", "token", or a group size along K as text ("16", "128").
-    `has_input_scale`: a measured scale per module is stored in the checkpoint (the tensor-level scale of
-    NVFP4 activations, whose block scales are made at run time, or the whole scale of static FP8).
+    `granularity` is what shares a scale: "tensor", "token", or a group size along K as text ("16").
+    `has_input_scale`: a measured scale per module is stored in the checkpoint (the tensor scale of
+    NVFP4 activations, whose block scales are made at run time, or the scale of static FP8).
     """
 
     element: ElementFormat
@@ -27,7 +27,7 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """The weight's block format and the input's activation format; None leaves that side in BF16."""
+    """The weight's block format and the input's format; None leaves that side in BF16."""
 
     name: str
     weight: BlockFormat | None
@@ -38,7 +38,7 @@ class Scheme:
 
     @property
     def needs_input_scale(self) -> bool:
-        """A measured `input_scale` belongs in the checkpoint; without it the scheme must not be written."""
+        """A measured `input_scale` belongs in the checkpoint; without it this must not be written."""
         return self.input is not None and self.input.has_input_scale
 
     @property

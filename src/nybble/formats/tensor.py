@@ -1,6 +1,6 @@
 """`BlockScaledTensor`: codes, scales and tensor scale of one weight, and what they decode to.
 
-One convention everywhere: value = code * scale * tensor_scale. Divisors exist only inside a layout's file.
+One convention everywhere: value = code * scale * tensor_scale. Divisors exist only inside files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BlockScaledTensor:
     def scales(self) -> F32Array:
         """The float32 product scale * tensor_scale, [..., rows of blocks, columns of blocks].
 
-        Multiplied in float32: exact for a power-of-two tensor scale, rounded once otherwise, as engines do.
+        Multiplied in float32: exact for a power-of-two tensor scale, else rounded once, as engines do.
         """
         scale = self.scale
         values = (
@@ -62,7 +62,7 @@ class BlockScaledTensor:
 
 
 def expand(scales: F32Array, fmt: BlockFormat, shape: Shape) -> F32Array:
-    """Repeat one value per block to one per element: [..., blocks] -> [..., N, K], ragged edges cut."""
+    """Repeat one value per block to one per element, [..., N, K]; ragged edges cut."""
     n, k = shape[-2:]
     rows, columns = fmt.block
     if rows != 1:

@@ -1,8 +1,9 @@
 """The shared library of C kernels: found prebuilt, or compiled once for this source and cached.
 
-Order: a library shipped inside the wheel; the cache; the system's compiler (`$CC`, cc, gcc, clang); `ziglang` from the
-package registry. Every instruction set is in the one library and chosen at run time, so it may move between machines
-of one architecture. Each missing thing is said in one line, and costs speed, never the result.
+Order: a library shipped inside the wheel; the cache; the system's compiler (`$CC`, cc, gcc, clang);
+`ziglang` from the package registry. Every instruction set is in the one library and chosen at run
+time, so it may move between machines of one architecture. Each missing thing is said in one line,
+and costs speed, never the result.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ log = logging.getLogger("nybble")
 
 FOLDER = Path(__file__).parent
 SOURCES = ("pool.c", "block_quantize/cpu.c")
-# Contraction would round products twice on some machines and once on others; codes must not depend on that. The other
-# two keep GCC from spilling the candidates of the scale search (5 % of its speed); clang ignores what it does not know.
+# Contraction would round products twice on some machines and once on others; codes must not depend
+# on that. GCC's own two keep it from spilling the candidates of the scale search (5 % of its speed).
 FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 GCC_FLAGS = ("-fschedule-insns", "-fno-tree-slp-vectorize")
 
@@ -73,7 +74,7 @@ def compilers() -> list[list[str]]:
 
 
 def compile_library(compiler: list[str], target: Path) -> None:
-    """Compile into target, atomically: concurrent starts each rename a whole file of equal content.
+    """Compile into target, atomically: concurrent starts each rename a whole file.
 
     Raises OSError if the folder cannot be written, subprocess.CalledProcessError if the compiler fails.
     """
@@ -96,6 +97,7 @@ def compile_library(compiler: list[str], target: Path) -> None:
                 raise subprocess.CalledProcessError(
                     result.returncode, command, result.stdout, result.stderr
                 )
+        out.chmod(0o755)  # a group-writable one, as umask 002 makes it, would not be ours next time
         os.replace(out, target)
 
 
@@ -130,7 +132,7 @@ def build(force: bool = False) -> tuple[Path | None, str]:
 
 
 def _temporary_folder() -> Path | None:
-    """A private folder for machines where the cache cannot be written; None if somebody else made it."""
+    """A private folder for where the cache cannot be written; None if it is somebody else's."""
     folder = Path(tempfile.gettempdir()) / f"nybble-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -140,14 +142,14 @@ def _temporary_folder() -> Path | None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Only this user can have written it: a library is code, and must not come from somebody else."""
+    """Only this user can have written it: a library is code, and must not come from another."""
     found = path.stat()
     return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
 
 
 @lru_cache(maxsize=1)
 def load() -> Library:
-    """The library, built on first use; `handle` is None, with the reason in `origin`, where there is none."""
+    """The library, built on first use; `handle` is None, with the reason in `origin`, without one."""
     path, origin = build()
     if path is None:
         log.warning("compiled kernels are not available: %s", origin)

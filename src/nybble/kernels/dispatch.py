@@ -1,6 +1,7 @@
-"""Which back end runs an operation, on which instruction set, with how many threads. Chosen once, said once, obeyed.
+"""Which back end runs an operation, on which instruction set. Chosen once, said once, obeyed.
 
-`NYBBLE_KERNELS=reference|cpu` and `NYBBLE_ISA=avx512|avx2|portable` force a choice; asking for what cannot run raises.
+`NYBBLE_KERNELS=reference|cpu` and `NYBBLE_ISA=avx512|avx2|portable` force a choice; asking for what
+cannot run raises.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ISAS = {"portable": 0, "avx2": 1, "avx512": 2}
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The back end in use, the instruction set of the compiled one, and where its library came from."""
+    """The back end, the instruction set of the compiled one, and where its library came from."""
 
     backend: str  # "cpu" or "reference"
     isa: str  # "" for the reference
@@ -31,7 +32,7 @@ class Choice:
 
 
 def machine_isas() -> list[str]:
-    """Instruction sets the compiled kernels can use on this machine, best first; empty without a library."""
+    """Instruction sets the kernels can use on this machine, best first; empty without a library."""
     library = load()
     if library.handle is None:
         return []
@@ -40,7 +41,10 @@ def machine_isas() -> list[str]:
 
 
 def choose() -> Choice:
-    """The back end and instruction set for this process. Raises KernelUnavailable if a forced one cannot run."""
+    """The back end and instruction set for this process.
+
+    Raises KernelUnavailable if a forced one cannot run.
+    """
     return _choose(os.environ.get("NYBBLE_KERNELS", ""), os.environ.get("NYBBLE_ISA", ""))
 
 

@@ -6,7 +6,7 @@ Made from headers alone. `quantize` executes it, `check` audits against it. A te
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,7 +16,7 @@ from nybble.errors import ModelError, RecipeError
 from nybble.families import Claimed, Dimensions, Family, find_family, generic_family
 from nybble.formats.block import Shape
 from nybble.formats.scheme import BF16, Scheme
-from nybble.plan.recipe import Recipe, Rule
+from nybble.plan.recipe import Recipe
 
 #: Dtypes a weight may have to be quantized.
 FLOATS = ("BF16", "F16", "F32")
@@ -93,6 +93,7 @@ class Plan:
     copies: tuple[Copy, ...]
     notes: tuple[str, ...]
     _leaves: dict[tuple[str, Shape], tuple[Leaf, ...]] = field(default_factory=dict, repr=False)
+    _sizes: dict[tuple[str, Shape], int] = field(default_factory=dict, repr=False)
 
     def leaves(self, scheme: Scheme, shape: Shape) -> tuple[Leaf, ...]:
         """The tensors that a module of this scheme and shape becomes."""
@@ -103,7 +104,10 @@ class Plan:
 
     def member_bytes(self, job: Job, member: Member) -> int:
         """Bytes on disk of one member."""
-        return sum(leaf.nbytes for leaf in self.leaves(job.scheme, member.shape))
+        key = (job.scheme.name, member.shape)
+        if key not in self._sizes:
+            self._sizes[key] = sum(leaf.nbytes for leaf in self.leaves(job.scheme, member.shape))
+        return self._sizes[key]
 
     @cached_property
     def by_source(self) -> dict[str, list[tuple[Job, Member]]]:
@@ -184,15 +188,15 @@ def make_plan(
     claims = {name: family.claim(name) for name in tensors}
     notes = _check_tensors(checkpoint, family, dimensions, claims)
 
-    used: set[Rule] = set()
-    jobs: dict[str, Job] = {}
+    used: set[int] = set()
+    drafts: dict[str, Job] = {}
     members: dict[str, list[Member]] = {}
     copies = []
     for name, tensor in tensors.items():
         claimed = claims[name]
         assert claimed is not None
         found = _members(claimed, tensor) if claimed.claim.is_linear else []
-        chosen = [_scheme(recipe, claimed.claim.role, m.module, used) for _, m in found]
+        chosen = _schemes(recipe, claimed.claim.role, found, used)
         if claimed.claim.role == "lm_head" and dimensions.tied:
             chosen = [BF16]
         if not any(s.weight for s in chosen):
@@ -200,27 +204,22 @@ def make_plan(
             continue
         _check_quantizable(tensor, found, chosen)
         for (group, member), scheme in zip(found, chosen, strict=True):
-            jobs.setdefault(group, Job(group, claimed.claim.role, scheme, ()))
-            if jobs[group].scheme != scheme:
-                raise _split(
-                    recipe,
-                    group,
-                    members[group][0].module,
-                    jobs[group].scheme,
-                    member.module,
-                    scheme,
-                )
-            members.setdefault(group, []).append(member)
-    _refuse_split_copies(recipe, jobs, copies, claims)
-    _refuse_idle_rules(recipe, used, family, claims, dimensions)
-    if refusal := layout.refusal([job.scheme for job in jobs.values()]):
+            draft = drafts.get(group)
+            if draft is None:
+                drafts[group] = Job(group, claimed.claim.role, scheme, ())
+                members[group] = []
+            elif draft.scheme is not scheme:
+                first = members[group][0].module
+                raise _split(recipe, group, first, draft.scheme, member.module, scheme)
+            members[group].append(member)
+    _refuse_split_copies(recipe, drafts, copies, claims)
+    _refuse_idle_rules(recipe, used, family, claims)
+    if refusal := layout.refusal(list({id(j.scheme): j.scheme for j in drafts.values()}.values())):
         raise RecipeError(f"recipe {recipe.name}: {refusal}")
     if dimensions.tied and any("lm_head" in r.roles and r.scheme.weight for r in recipe.rules):
-        notes.append(
-            "lm_head is tied to the embedding and stays as it is: one tensor, and the look-up needs it"
-        )
-    done = tuple(Job(j.name, j.role, j.scheme, tuple(members[name])) for name, j in jobs.items())
-    return Plan(checkpoint, family, dimensions, recipe, layout, done, tuple(copies), tuple(notes))
+        notes.append("lm_head is tied to the embedding and stays as it is: the look-up needs it")
+    jobs = tuple(Job(g, d.role, d.scheme, tuple(members[g])) for g, d in drafts.items())
+    return Plan(checkpoint, family, dimensions, recipe, layout, jobs, tuple(copies), tuple(notes))
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -242,34 +241,43 @@ def _check_tensors(
     """Raise for unclaimed, contradicting and missing tensors; return notes on an MTP head or a tower that is absent."""
     unclaimed = [name for name, claimed in claims.items() if claimed is None]
     if unclaimed:
-        more = f" and {len(unclaimed) - 1} more" if len(unclaimed) > 1 else ""
+        more = _more(unclaimed)
         raise ModelError(
             f"{checkpoint.path}: no rule of the family {family.model_type} claims tensor {unclaimed[0]!r}{more}; "
             "nothing is dropped or guessed. If the file is right, the family is missing a fact: please report it. "
             "`--generic` plans by names and shapes alone"
         )
+    # What is copied anyway may contradict the configuration: it is said, and stays as it is.
+    copied = {n for n, c in claims.items() if c is not None and c.claim.role in ("mtp", "vision")}
     shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
-    if problems := family.contradictions(shapes, dimensions):
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ModelError(f"{checkpoint.path}: {problems[0]}{more}")
+    trunk_shapes = {name: shape for name, shape in shapes.items() if name not in copied}
+    if problems := family.contradictions(trunk_shapes, dimensions):
+        raise ModelError(f"{checkpoint.path}: {problems[0]}{_more(problems)}")
+    notes = []
+    if problems := family.contradictions({n: shapes[n] for n in copied}, dimensions):
+        notes.append(f"{problems[0]}{_more(problems)}; copied as it is")
     absent = family.missing(checkpoint.tensors, dimensions)
-    side = {"mtp": [], "vision": []}  # type: dict[str, list[str]]
-    trunk = []
+    side: dict[str, list[str]] = {"mtp": [], "vision": []}
+    trunk: list[str] = []
     for name in absent:
         claimed = family.claim(name)
         side.get(claimed.claim.role if claimed else "", trunk).append(name)
     if trunk:
         raise ModelError(
             f"{checkpoint.path}: config.json promises {trunk[0]!r}, and no shard holds it"
-            f"{f' (nor {len(trunk) - 1} others)' if len(trunk) > 1 else ''}; the download or an earlier tool lost it"
+            f"{_more(trunk)}; the download or an earlier tool lost it"
         )
     words = {"mtp": "an MTP head", "vision": "a vision tower"}
-    return [
+    return notes + [
         f"config.json promises {words[role]}, and the checkpoint lacks {len(names)} of its tensors ({names[0]}, ...): "
         "the result lacks them too, and engines that use them will fail"
         for role, names in side.items()
         if names
     ]
+
+
+def _more(found: Sequence[str]) -> str:
+    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 
 def _members(claimed: Claimed, tensor: TensorInfo) -> list[tuple[str, Member]]:
@@ -289,12 +297,21 @@ def _members(claimed: Claimed, tensor: TensorInfo) -> list[tuple[str, Member]]:
     return found
 
 
-def _scheme(recipe: Recipe, role: str, module: str, used: set[Rule]) -> Scheme:
-    for rule in recipe.rules:
-        if rule.matches(role, module):
-            used.add(rule)
-            return rule.scheme
-    return BF16
+def _schemes(
+    recipe: Recipe, role: str, found: Sequence[tuple[str, Member]], used: set[int]
+) -> list[Scheme]:
+    """The scheme of each matrix in a tensor, by the first rule that names it; notes the rules that did."""
+    rules = [(i, rule) for i, rule in enumerate(recipe.rules) if role in rule.roles]
+    if found and rules and not rules[0][1].modules:  # one rule for all of a stack
+        used.add(rules[0][0])
+        return [rules[0][1].scheme] * len(found)
+    chosen = []
+    for _, member in found:
+        at = next((i for i, rule in rules if rule.matches(role, member.module)), None)
+        if at is not None:
+            used.add(at)
+        chosen.append(BF16 if at is None else recipe.rules[at].scheme)
+    return chosen
 
 
 def _check_quantizable(
@@ -311,9 +328,11 @@ def _check_quantizable(
         raise RecipeError(
             f"tensor {tensor.name} is {tensor.dtype}; only {', '.join(FLOATS)} weights can be quantized"
         )
-    for shape, scheme in {(m.shape, s) for (_, m), s in zip(found, chosen, strict=True)}:
-        if scheme.weight is not None:
-            scheme.weight.check_shape(shape, f"tensor {tensor.name}")
+    shapes = {m.shape for _, m in found}
+    for scheme in {id(s): s for s in chosen}.values():
+        for shape in shapes:
+            if scheme.weight is not None:
+                scheme.weight.check_shape(shape, f"tensor {tensor.name}")
 
 
 def _split(
@@ -343,19 +362,16 @@ def _refuse_split_copies(
 
 
 def _refuse_idle_rules(
-    recipe: Recipe,
-    used: set[Rule],
-    family: Family,
-    claims: Mapping[str, Claimed | None],
-    dimensions: Dimensions,
+    recipe: Recipe, used: set[int], family: Family, claims: Mapping[str, Claimed | None]
 ) -> None:
-    for rule in recipe.rules:
-        if rule in used:
+    for i, rule in enumerate(recipe.rules):
+        if i in used:
             continue
         linear = sorted({c.claim.role for c in claims.values() if c and c.claim.is_linear})
         raise RecipeError(
-            f"recipe {recipe.name}: the rule {rule} matches no linear of this {family.model_type} checkpoint, "
-            f"whose linears have the roles {', '.join(linear)}; a rule without effect is taken for a mistake"
+            f"recipe {recipe.name}: the rule {rule} matches no linear of this {family.model_type} "
+            f"checkpoint, whose linears have the roles {', '.join(linear)}; a rule without effect "
+            "is taken for a mistake"
         )
 
 
@@ -458,8 +474,3 @@ def _listing(plan: Plan, version: str) -> Listing:
 def _is_linear_module(claimed: Claimed) -> bool:
     """A module that engines build as a linear layer, so that a config must say it stays plain."""
     return claimed.claim.is_linear or claimed.claim.role in ("router", "shared_expert_gate")
-
-
-def sources(plan: Plan) -> Iterator[TensorInfo]:
-    """Every source tensor once, in file order."""
-    yield from plan.checkpoint.tensors.values()

@@ -108,11 +108,14 @@ def parse_recipe(name: str, text: str) -> Recipe:
     kv_cache = document.get("kv_cache", "")
     if kv_cache not in ("", "fp8"):
         raise RecipeError(f'recipe {name}: kv_cache must be "fp8" or absent, found {kv_cache!r}')
+    title = document.get("title", "")
+    if not isinstance(title, str):
+        raise RecipeError(f"recipe {name}: title must be text, found {title!r}")
     rules = document.get("rule")
     if not isinstance(rules, list) or not rules:
         raise RecipeError(f"recipe {name}: at least one [[rule]] is needed")
     parsed = tuple(_parse_rule(f"recipe {name}, rule {i}", r) for i, r in enumerate(rules, 1))
-    return Recipe(name, str(document.get("title", "")), kv_cache, parsed)
+    return Recipe(name, title, kv_cache, parsed)
 
 
 def _parse_rule(where: str, rule: object) -> Rule:
@@ -124,13 +127,15 @@ def _parse_rule(where: str, rule: object) -> Rule:
         if role not in ROLES:
             raise RecipeError(f"{where}: unknown role {role!r}; the roles are {', '.join(ROLES)}")
     modules = _words(where, "modules", rule["modules"]) if "modules" in rule else ()
-    without = rule.get("without_data")
-    return Rule(
-        roles,
-        modules,
-        _scheme(where, "scheme", rule.get("scheme")),
-        None if without is None else _scheme(where, "without_data", without),
-    )
+    scheme = _scheme(where, "scheme", rule.get("scheme"))
+    without = None
+    if "without_data" in rule:
+        without = _scheme(where, "without_data", rule["without_data"])
+        if not scheme.needs_input_scale:
+            raise RecipeError(f"{where}: {scheme} needs no measured scales; take out without_data")
+        if without.needs_input_scale:
+            raise RecipeError(f"{where}: without_data: {without} needs measured scales itself")
+    return Rule(roles, modules, scheme, without)
 
 
 def _words(where: str, key: str, value: object) -> tuple[str, ...]:

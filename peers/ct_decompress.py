@@ -1,12 +1,13 @@
 """Dequantise a compressed-tensors checkpoint with compressed-tensors itself.
 
-    ct_decompress.py CKPT OUT.safetensors   (environment: compressed-tensors)
+    ct_decompress.py OUT CKPT...   (environment: compressed-tensors, llmcompressor or vllm)
 
 The library parses the configuration, matches targets and ignores (every module counts as a Linear)
-and decompresses; this file only reads and writes tensors. OUT holds MODULE.weight for every
-quantised module, as float32 (FP4 formats come out of the library BF16-rounded, FP8 in the dtype of
-its scale). A module with quantisation tensors that no config group claims is a failure, and so is
-one that a group names or matches by regular expression but that has none. Prints one JSON line.
+and decompresses; this file only reads and writes tensors. OUT/NAME.safetensors (NAME as the folder
+CKPT) holds MODULE.weight for every quantised module, as float32 (FP4 formats come out of the
+library BF16-rounded, FP8 in the dtype of its scale). A module with quantisation tensors that no
+config group claims is a failure, and so is one that a group names or matches by regular expression
+but that has none. Prints one JSON line per checkpoint.
 """
 
 import argparse
@@ -88,18 +89,23 @@ def decompress(checkpoint: Path, out: Path) -> dict[str, object]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("checkpoints", type=Path, nargs="+")
     options = parser.parse_args()
-    row: dict[str, object] = {"tool": "compressed-tensors"}
+    rows = [run(checkpoint, options.out) for checkpoint in options.checkpoints]
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+def run(checkpoint: Path, out: Path) -> dict[str, object]:
+    row: dict[str, object] = {"tool": "compressed-tensors", "checkpoint": str(checkpoint)}
     try:
         with redirect_stdout(sys.stderr):
-            row |= decompress(options.checkpoint, options.out)
+            row |= decompress(checkpoint, out / f"{checkpoint.name}.safetensors")
     except Exception as error:
         traceback.print_exc()
         row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}
     sys.stdout.write(json.dumps(row) + "\n")
-    return 0 if row["ok"] else 1
+    return row
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Load a checkpoint with transformers and say what it made of it.
 
-    transformers_load.py CKPT [--ids 1,2,3 | --ids FILE] [--dump OUT.safetensors]
+    transformers_load.py CKPT [--ids 1,2,3 | --ids FILE] [--dump OUT.safetensors] [--as-stored]
 
 Runs in the environment compressed-tensors. A compressed-tensors checkpoint is dequantised while
-loading; transformers does not know ModelOpt's, so those fail here. Routed experts in NVFP4 come
-out wrong: transformers 5.23 leaves their weight_global_scale out, silently (dense layers and other
-formats are right). Prints one JSON line: missing and unexpected keys, and for the ids the mean
-negative log-likelihood, the greedy next token and a digest of the float32 logits. `--dump` writes
-the effective weights under the model's own names.
+loading or, with --as-stored (transformers' default), in the first forward pass; then it needs ids.
+transformers does not know ModelOpt's, so those fail here. Known defects of 5.23: dequantised while
+loading, routed experts in NVFP4 lose their weight_global_scale, silently, and all dense layers of a
+mixed checkpoint are read with one config group, which stops it. Prints one JSON line: missing and
+unexpected keys, and for the ids the mean negative log-likelihood, the greedy next token and a
+digest of the float32 logits. `--dump` writes the effective weights under the model's own names.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def read_ids(text: str) -> list[int]:
     return [int(word) for word in text.replace(",", " ").split()]
 
 
-def load(checkpoint: str) -> tuple[object, dict[str, object]]:
+def load(checkpoint: str, as_stored: bool) -> tuple[object, dict[str, object]]:
     import torch
     import transformers
 
@@ -40,7 +41,9 @@ def load(checkpoint: str) -> tuple[object, dict[str, object]]:
     settings = {}
     stored = getattr(config, "quantization_config", None)
     if stored is not None and stored.get("quant_method") == "compressed-tensors":
-        settings["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+        settings["quantization_config"] = transformers.CompressedTensorsConfig(
+            dequantize=not as_stored
+        )
     return loader.from_pretrained(
         checkpoint, dtype=torch.bfloat16, output_loading_info=True, **settings
     )
@@ -64,11 +67,13 @@ def score(model: object, ids: list[int]) -> dict[str, object]:
     return found
 
 
-def inspect(checkpoint: str, ids: list[int], dump: Path | None) -> dict[str, object]:
+def inspect(
+    checkpoint: str, ids: list[int], dump: Path | None, as_stored: bool
+) -> dict[str, object]:
     import transformers
     from safetensors.torch import save_file
 
-    model, info = load(checkpoint)
+    model, info = load(checkpoint, as_stored)
     model.eval()
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     mismatched = sorted(str(key) for key in info["mismatched_keys"])
@@ -82,12 +87,12 @@ def inspect(checkpoint: str, ids: list[int], dump: Path | None) -> dict[str, obj
         "missing_count": len(missing),
         "unexpected_count": len(unexpected),
     }
-    weights = dict(model.named_parameters())
+    if ids:
+        row |= score(model, ids)
+    weights = dict(model.named_parameters())  # after the forward pass, which may decompress them
     row["not_finite"] = sorted(
         n for n, w in weights.items() if w.is_floating_point() and not w.isfinite().all()
     )[:20]
-    if ids:
-        row |= score(model, ids)
     if dump is not None:
         save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, dump)
     return row
@@ -98,11 +103,12 @@ def main() -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("--ids", type=read_ids, default=[])
     parser.add_argument("--dump", type=Path)
+    parser.add_argument("--as-stored", action="store_true")
     options = parser.parse_args()
     row: dict[str, object] = {"tool": "transformers"}
     try:
         with redirect_stdout(sys.stderr):
-            row |= inspect(options.checkpoint, options.ids, options.dump)
+            row |= inspect(options.checkpoint, options.ids, options.dump, options.as_stored)
     except Exception as error:
         traceback.print_exc()
         row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}

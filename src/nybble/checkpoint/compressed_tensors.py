@@ -122,7 +122,6 @@ class _Patterns:
     """
 
     def __init__(self, listing: Listing) -> None:
-        self.listing = listing
         schemes: dict[str, Scheme | None] = dict.fromkeys(listing.plain)
         for name, scheme in listing.quantized.items():
             for module in _modules(name, listing.expert_modules):
@@ -133,17 +132,22 @@ class _Patterns:
         self.by_pattern: dict[str, dict[str, Scheme | None]] = {}
         for module, found in schemes.items():
             self.by_pattern.setdefault(_pattern(module), {})[module] = found
+        self.fixed = _fixed(listing)
+        for module in listing.others:
+            if not any(re.match(entry[3:], module) for entry in self.fixed):
+                self._keep_out(module)
+
+    def _keep_out(self, module: str) -> None:
+        """A pattern that would take this module along gives way to exact names."""
+        for pattern, modules in self.by_pattern.items():
+            if pattern.startswith("re:") and re.match(pattern[3:], module):
+                modules[module] = None
 
     def targets(self, scheme: Scheme) -> list[str]:
         return list(self._entries(scheme))
 
     def ignored(self) -> list[str]:
-        entries = list(self._entries(None))
-        if self.listing.has_vision:
-            entries.append("re:.*visual\\..*")
-        if self.listing.has_mtp:
-            entries.append("re:^mtp.*")
-        return entries
+        return [*self._entries(None), *self.fixed]
 
     def _entries(self, scheme: Scheme | None) -> Iterable[str]:
         for pattern, modules in self.by_pattern.items():
@@ -152,6 +156,16 @@ class _Patterns:
                 yield pattern if pattern.startswith("re:") else here[0]
             else:
                 yield from here
+
+
+def _fixed(listing: Listing) -> list[str]:
+    """What is ignored whole; a bare name would not cover what is below it."""
+    entries = ["re:.*visual\\..*"] if listing.has_vision else []
+    if listing.has_mtp:
+        entries.append("re:^mtp.*")
+        if any(".mtp." in module for module in listing.others):
+            entries.append("re:.*\\.mtp\\..*")
+    return entries
 
 
 def _modules(name: str, expert_modules: Mapping[str, Sequence[str]]) -> list[str]:

@@ -46,13 +46,15 @@ class Listing:
 
     `quantized` maps module paths to schemes; the experts of a layer stand as their container (`...mlp.experts`) where
     all have one scheme, and `expert_modules` then names one expert's projections below it ("0.gate_proj" ...).
-    `plain` are the linear modules that stay in their own dtype. `kv_cache` is "fp8" or "".
+    `plain` are the linear modules that stay in their own dtype, `others` whatever else has a matrix (embedding, MTP
+    head, towers): no pattern may take them along. `kv_cache` is "fp8" or "".
     """
 
     quantized: Mapping[str, Scheme]
     expert_modules: Mapping[str, Sequence[str]]
     plain: Sequence[str]
     plain_experts: Sequence[str]  # containers of experts that stay in their own dtype
+    others: Sequence[str]
     has_mtp: bool
     has_vision: bool
     kv_cache: str

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import nybble
-from nybble.cli import plan, quantize
+from nybble.cli import doctor, inspect, kernels, plan, quantize
 from nybble.errors import NybbleError
 
 app = typer.Typer(
@@ -23,6 +23,9 @@ app = typer.Typer(
 )
 app.command("plan")(plan.command)
 app.command("quantize")(quantize.command)
+app.command("inspect")(inspect.command)
+app.command("doctor")(doctor.command)
+app.add_typer(kernels.app, name="kernels")
 
 
 def _version(value: bool) -> None:

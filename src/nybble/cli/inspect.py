@@ -78,8 +78,8 @@ def render(found: Inspection) -> str:
         + (f", written by {said.producer}" if said.producer else ""),
         table([*head, "config says", "file holds", "agree"], rows, right=(1, 2, 3, 4)),
         f"total        {found.tensors:,} tensors, {found.payload_bytes:,} bytes "
-        f"({gib(found.payload_bytes)} GiB); {found.files} files of {found.file_bytes:,} bytes "
-        "with their headers",
+        f"({gib(found.payload_bytes)} GiB); {found.file_bytes:,} bytes with headers, in "
+        f"{found.files} file{'s' * (found.files != 1)}",
         f"parameters   {found.parameters:,} ({billions(found.parameters)}), "
         f"{found.bits_per_parameter:.3f} bits each",
         f"hub sidebar  {_hub(found)}",
@@ -96,7 +96,14 @@ def render(found: Inspection) -> str:
     lines += _mismatches(found.mismatches)
     lines += [f"configs      {line}" for line in said.disagreements]
     lines += [f"note         {line}" for line in found.notes]
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines)) + "\n"
+
+
+def printable(text: str) -> str:
+    """Text with control characters escaped: what a checkpoint says reaches no terminal raw."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def render_modules(modules: Iterable[Module], total: int) -> str:

@@ -46,39 +46,40 @@ _E2M1_HALFWAY = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=np.float
 
 
 def encode(x: F32Array, fmt: ElementFormat) -> U8Array:
-    """Round x to the nearest value of fmt, ties to the even code, saturating; codes are one per byte.
+    """Round x to the nearest value of fmt, ties to the even code, saturating; one code per byte.
 
-    Zeros keep their sign where the format has one. x must be finite. E8M0 rounds to the nearest power
-    of two and takes positive values only.
+    Zeros keep their sign where the format has one. x must be finite. E8M0 takes positive values and
+    rounds to the nearest power of two, at a tie to the larger.
     """
+    codes: U8Array
     if fmt is E2M1:
         magnitude = np.abs(x)
         above = np.searchsorted(_E2M1_HALFWAY, magnitude)  # the number of halfway points < x
         # A tie at an odd halfway point (0.75, 1.75, 3.5) goes up, to the even code.
         tie_up = np.isin(magnitude, _E2M1_HALFWAY[1::2])
-        return ((above + tie_up) | (np.signbit(x).astype(np.uint8) << 3)).astype(np.uint8)
-    if fmt is E8M0:
+        codes = (above + tie_up + 8 * np.signbit(x)).astype(np.uint8)
+    elif fmt is E8M0:
         mantissa, exponent = np.frexp(x)  # x = mantissa * 2^exponent, mantissa in [0.5, 1)
-        return np.clip(exponent - (mantissa < 0.75) + 127, 0, 254).astype(np.uint8)
-    if fmt.dtype is None or fmt is F32:
+        codes = np.clip(exponent - (mantissa < 0.75) + 127, 0, 254).astype(np.uint8)
+    elif fmt.dtype is None or fmt is F32:
         raise TypeError(f"{fmt} has no byte codes")
-    return np.clip(x, -fmt.max, fmt.max).astype(fmt.dtype).view(np.uint8)
+    else:
+        codes = np.clip(x, -fmt.max, fmt.max).astype(fmt.dtype).view(np.uint8)
+    return codes
 
 
 def decode(codes: U8Array, fmt: ElementFormat) -> F32Array:
     """The float32 values of byte codes (one code per byte; E2M1 codes in the low nibble)."""
     if fmt is E2M1:
-        return _E2M1_TABLE[codes & 15]
-    if fmt is E8M0:
-        # 2^-127 is subnormal in float32 and 255 is NaN; ml_dtypes knows both.
-        return codes.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+        values: F32Array = _E2M1_TABLE[codes & 15]
+        return values
     if fmt.dtype is None or fmt is F32:
         raise TypeError(f"{fmt} has no byte codes")
     return codes.view(fmt.dtype).astype(np.float32)
 
 
 def pack_nibbles(codes: U8Array) -> U8Array:
-    """Pack codes [..., K] into bytes [..., K // 2]: element 2j in the low nibble, 2j + 1 in the high."""
+    """Pack codes [..., K] into bytes [..., K // 2]: 2j in the low nibble, 2j + 1 in the high."""
     return (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8)
 
 

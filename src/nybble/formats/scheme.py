@@ -38,7 +38,7 @@ class Scheme:
 
     @property
     def needs_input_scale(self) -> bool:
-        """A measured `input_scale` belongs in the checkpoint; without it this must not be written."""
+        """A measured `input_scale` belongs in the checkpoint; none is written without it."""
         return self.input is not None and self.input.has_input_scale
 
     @property

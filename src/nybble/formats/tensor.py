@@ -38,7 +38,7 @@ class BlockScaledTensor:
     def scales(self) -> F32Array:
         """The float32 product scale * tensor_scale, [..., rows of blocks, columns of blocks].
 
-        Multiplied in float32: exact for a power-of-two tensor scale, else rounded once, as engines do.
+        In float32: exact for a power-of-two tensor scale, otherwise rounded once, as engines do.
         """
         scale = self.scale
         values = (

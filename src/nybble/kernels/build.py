@@ -27,7 +27,7 @@ log = logging.getLogger("nybble")
 FOLDER = Path(__file__).parent
 SOURCES = ("pool.c", "block_quantize/cpu.c")
 # Contraction would round products twice on some machines and once on others; codes must not depend
-# on that. GCC's own two keep it from spilling the candidates of the scale search (5 % of its speed).
+# on that. GCC's two keep it from spilling the candidates of the scale search (5 % of its speed).
 FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 GCC_FLAGS = ("-fschedule-insns", "-fno-tree-slp-vectorize")
 
@@ -76,7 +76,7 @@ def compilers() -> list[list[str]]:
 def compile_library(compiler: list[str], target: Path) -> None:
     """Compile into target, atomically: concurrent starts each rename a whole file.
 
-    Raises OSError if the folder cannot be written, subprocess.CalledProcessError if the compiler fails.
+    Raises OSError if the folder cannot be written, CalledProcessError if the compiler fails.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
@@ -149,7 +149,7 @@ def _is_ours(path: Path) -> bool:
 
 @lru_cache(maxsize=1)
 def load() -> Library:
-    """The library, built on first use; `handle` is None, with the reason in `origin`, without one."""
+    """The library, built on first use; without one, `handle` is None and `origin` says why."""
     path, origin = build()
     if path is None:
         log.warning("compiled kernels are not available: %s", origin)

@@ -20,6 +20,11 @@ from nybble.plan.recipe import Recipe
 
 #: Dtypes a weight may have to be quantized.
 FLOATS = ("BF16", "F16", "F32")
+#: Leaves that only a quantized module has.
+QUANTIZED_LEAVES = frozenset(
+    ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "weight_global_scale")
+    + ("qweight", "qzeros", "scales", "gate_up_proj_scale", "down_proj_scale")
+)
 #: Roles that a decoded token does not read: the embedding is a look-up, the others are other models' work.
 NOT_PER_TOKEN = ("embedding", "vision", "mtp")
 
@@ -176,9 +181,10 @@ def make_plan(
 
     Raises ModelError for an unknown model type (unless `generic`), an unclaimed tensor, a shape that contradicts the
     configuration or a missing tensor; RecipeError for a source that is quantized already, a rule that matches nothing,
-    a split fused group, a weight that does not divide into blocks, or schemes that the layout cannot carry.
+    a split fused group, experts of a layer that differ, or schemes that the layout cannot carry; FormatError for a
+    weight that does not divide into blocks.
     """
-    _refuse_quantized(checkpoint)
+    notes = _refuse_quantized(checkpoint)
     tensors = checkpoint.tensors
     if generic:
         family = generic_family({name: (t.dtype, t.shape) for name, t in tensors.items()})
@@ -186,7 +192,7 @@ def make_plan(
         family = find_family(checkpoint.config)
     dimensions = family.dimensions(checkpoint.config)
     claims = {name: family.claim(name) for name in tensors}
-    notes = _check_tensors(checkpoint, family, dimensions, claims)
+    notes += _check_tensors(checkpoint, family, dimensions, claims)
 
     used: set[int] = set()
     drafts: dict[str, Job] = {}
@@ -213,6 +219,7 @@ def make_plan(
                 raise _split(recipe, group, first, draft.scheme, member.module, scheme)
             members[group].append(member)
     _refuse_split_copies(recipe, drafts, copies, claims)
+    _refuse_mixed_experts(recipe, drafts, members, copies, claims)
     _refuse_idle_rules(recipe, used, family, claims)
     if refusal := layout.refusal(list({id(j.scheme): j.scheme for j in drafts.values()}.values())):
         raise RecipeError(f"recipe {recipe.name}: {refusal}")
@@ -222,14 +229,23 @@ def make_plan(
     return Plan(checkpoint, family, dimensions, recipe, layout, jobs, tuple(copies), tuple(notes))
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
+def _refuse_quantized(checkpoint: Checkpoint) -> list[str]:
+    """Raise if the file holds quantized weights; a note if only config.json says so."""
     section = checkpoint.config.get("quantization_config")
-    if section is not None:
-        method = section.get("quant_method", "?") if isinstance(section, Mapping) else "?"
+    method = section.get("quant_method", "?") if isinstance(section, Mapping) else ""
+    marks = [n for n in checkpoint.tensors if n.rpartition(".")[2] in QUANTIZED_LEAVES]
+    if marks:
+        says = f"quant_method {method}" if method else "nothing of it in config.json"
         raise RecipeError(
-            f"{checkpoint.path}: config.json says this checkpoint is quantized already (quant_method {method}); "
-            "quantizing it again would add its errors to new ones. Start from the BF16 original"
+            f"{checkpoint.path}: is quantized already ({marks[0]}{_more(marks)}; {says}); quantizing "
+            "it again would add its errors to new ones. Start from the BF16 original"
         )
+    if section is None:
+        return []
+    return [
+        f"config.json has a quantization_config ({method}), but the file holds plain weights: it is "
+        "taken for a leftover and replaced"
+    ]
 
 
 def _check_tensors(
@@ -288,10 +304,12 @@ def _members(claimed: Claimed, tensor: TensorInfo) -> list[tuple[str, Member]]:
     experts, rows, k = tensor.shape
     parts = claimed.claim.stack
     n = rows // len(parts)
+    # As the per-expert layout has it: "...experts.3:gate_up", "...experts.3.down_proj".
+    end = ":" + "_".join(p.removesuffix("_proj") for p in parts) if len(parts) > 1 else f".{parts[0]}"
     found = []
     for e in range(experts):
         base = f"{claimed.module}.{e}"
-        group = f"{base}:{claimed.claim.group}" if len(parts) > 1 else f"{base}.{parts[0]}"
+        group = base + end
         for i, part in enumerate(parts):
             found.append((group, Member(f"{base}.{part}", tensor.name, e, i * n, (n, k))))
     return found
@@ -359,6 +377,27 @@ def _refuse_split_copies(
             n for n, c in claims.items() if c and c.group_key == job.name and n != copy.tensor.name
         )
         raise _split(recipe, job.name, quantized, job.scheme, copy.tensor.name, BF16)
+
+
+def _refuse_mixed_experts(
+    recipe: Recipe,
+    jobs: Mapping[str, Job],
+    members: Mapping[str, Sequence[Member]],
+    copies: Sequence[Copy],
+    claims: Mapping[str, Claimed | None],
+) -> None:
+    """Engines build all experts of a layer alike, and the configuration files say one thing of them."""
+    seen: dict[str, tuple[str, Scheme]] = {}
+    experts = [(members[g][0].module, j.scheme) for g, j in jobs.items() if j.role == "routed_expert"]
+    plain = [claims[c.tensor.name] for c in copies if c.role == "routed_expert"]
+    for module, scheme in (*experts, *((c.module, BF16) for c in plain if c)):
+        container = module.partition(".experts")[0]
+        first, its_scheme = seen.setdefault(container, (module, scheme))
+        if scheme is not its_scheme:
+            raise RecipeError(
+                f"recipe {recipe.name}: the experts of {container} would be quantized differently: {first} "
+                f"{its_scheme}, {module} {scheme}. Engines build all experts of a layer alike; give them one scheme"
+            )
 
 
 def _refuse_idle_rules(
@@ -438,23 +477,20 @@ def _listing(plan: Plan, version: str) -> Listing:
         for m in job.members:
             container, found, below = m.module.rpartition(".experts.")
             if job.role == "routed_expert" and found:
-                name = f"{container}.experts"
-                experts.setdefault(name, []).append(below)
-                if quantized.setdefault(name, job.scheme) != job.scheme:
-                    raise RecipeError(
-                        f"{name}: its experts would have the schemes {quantized[name]} and {job.scheme}; engines "
-                        "build all experts of a layer alike"
-                    )
+                experts.setdefault(f"{container}.experts", []).append(below)
+                quantized[f"{container}.experts"] = job.scheme
             else:
                 quantized[m.module] = job.scheme
-    plain, plain_experts = [], []
+    plain, plain_experts, others = [], [], []
     for copy in plan.copies:
         claimed = plan.family.claim(copy.tensor.name)
-        if claimed is None or not _is_linear_module(claimed):
-            continue
-        if claimed.claim.stack or claimed.expert is not None:
+        assert claimed is not None
+        if not _is_linear_module(claimed):
+            if copy.tensor.name.endswith(".weight") and len(copy.tensor.shape) == 2:
+                others.append(claimed.module)
+        elif claimed.claim.role == "routed_expert":
             name = claimed.module.partition(".experts")[0] + ".experts"
-            if name not in quantized and name not in plain_experts:
+            if name not in plain_experts:
                 plain_experts.append(name)
                 experts[name] = ["0.gate_proj", "0.up_proj", "0.down_proj"]
         else:
@@ -464,6 +500,7 @@ def _listing(plan: Plan, version: str) -> Listing:
         experts,
         plain,
         plain_experts,
+        others,
         has_mtp=any(c.role == "mtp" for c in plan.copies),
         has_vision=any(c.role == "vision" for c in plan.copies),
         kv_cache=plan.recipe.kv_cache,

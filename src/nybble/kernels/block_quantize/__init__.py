@@ -1,8 +1,8 @@
 """amax, block quantization, decoding and comparison of runs of a weight.
 
-A *run* is a contiguous piece of a weight with one tensor scale: a matrix, or some rows of it. All runs of a call are
-worked on together by one set of threads. The definition is `formats.search`; `reference.py` applies it to runs, and
-`cpu.py` calls the C kernels. Both give the same bytes.
+A *run* is a contiguous piece of a weight with one tensor scale: a matrix, or some rows of it. All
+runs of a call are worked on together by one set of threads. The definition is `formats.search`;
+`reference.py` applies it to runs, and `cpu.py` calls the C kernels. Both give the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SOURCE_DTYPES = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.f
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of one run: squared error and energy against the source, and scale bytes that are zero, negative or NaN."""
+    """Of one run: squared error, the source's energy, and scale bytes zero, negative or NaN."""
 
     error: float
     energy: float
@@ -52,15 +52,26 @@ def quantize(
 ) -> None:
     """Quantize each run into codes[i] and block_scales[i] (contiguous uint8, filled in place).
 
-    `scales` is float32 [runs]: the tensor scale of NVFP4 (a power of two unless `search` is absmax), the one scale of
-    the run for FP8, unused for MXFP4. FP8 needs no block_scales. Values must be finite: see `amax`.
-    `bf16_quotient` rounds FP8 quotients to BF16 first, as ModelOpt does for one scale per tensor.
+    `scales` is float32 [runs]: the tensor scale of NVFP4 (a power of two unless `search` is
+    absmax), the one scale of the run for FP8, unused for MXFP4. FP8 needs no block_scales. Values
+    must be finite: see `amax`. `bf16_quotient` rounds FP8 quotients of BF16 runs to BF16 first, as
+    ModelOpt does for one scale per tensor.
     """
     check_search(fmt, search)
     dtype = _check_runs(runs)
-    _check_outputs(runs, fmt, codes, block_scales)
+    _check_buffers([r.size for r in runs], fmt, scales, codes, block_scales)
+    if not all(o.flags.writeable for o in (*codes, *(block_scales if fmt.is_packed else ()))):
+        raise FormatError("quantize: an output buffer is read-only")
     _backend().quantize(
-        runs, dtype, fmt, search, scales, codes, block_scales, threads, bf16_quotient
+        runs,
+        dtype,
+        fmt,
+        search,
+        scales,
+        codes,
+        block_scales,
+        threads,
+        bf16_quotient and dtype == ml_dtypes.bfloat16,
     )
 
 
@@ -72,6 +83,8 @@ def decode(
     threads: int = 1,
 ) -> list[F32Array]:
     """The float32 values of quantized runs, flat."""
+    sizes = [c.size * (2 if fmt.is_packed else 1) for c in codes]
+    _check_buffers(sizes, fmt, scales, codes, block_scales)
     return _backend().decode(fmt, scales, codes, block_scales, threads)  # type: ignore[no-any-return]
 
 
@@ -85,7 +98,7 @@ def compare(
 ) -> list[Comparison]:
     """Decode each run and hold it against its source."""
     dtype = _check_runs(runs)
-    _check_outputs(runs, fmt, codes, block_scales)
+    _check_buffers([r.size for r in runs], fmt, scales, codes, block_scales)
     return _backend().compare(  # type: ignore[no-any-return]
         runs, dtype, fmt, scales, codes, block_scales, threads
     )
@@ -114,22 +127,29 @@ def _check_runs(runs: Sequence[NDArray[np.generic]]) -> np.dtype[np.generic]:
     return dtype
 
 
-def _check_outputs(
-    runs: Sequence[NDArray[np.generic]],
+def _check_buffers(
+    sizes: Sequence[int],
     fmt: BlockFormat,
+    scales: F32Array,
     codes: Sequence[U8Array],
     block_scales: Sequence[U8Array],
 ) -> None:
-    per_byte = 2 if fmt.is_packed else 1
-    for i, run in enumerate(runs):
-        if fmt.is_packed and run.size % fmt.block[1]:
-            raise FormatError(f"a {fmt} run must be whole blocks of {fmt.block[1]}: {run.size}")
-        wanted = (run.size // per_byte, run.size // fmt.block[1] if fmt.is_packed else 0)
-        found = (codes[i].size, block_scales[i].size if fmt.is_packed else 0)
-        outputs = [codes[i], *([block_scales[i]] if fmt.is_packed else [])]
-        if wanted != found or not all(
-            o.flags.c_contiguous and o.dtype == np.uint8 for o in outputs
-        ):
-            raise FormatError(
-                f"run {i}: expected contiguous uint8 buffers of {wanted}, found {found}"
-            )
+    """The kernels trust sizes: a short buffer would be read or written past its end."""
+    counts = {"scales": len(scales), "codes": len(codes)}
+    if fmt.is_packed:
+        counts["block_scales"] = len(block_scales)
+    for what, count in counts.items():
+        if count != len(sizes):
+            raise FormatError(f"expected {what} for {len(sizes)} runs, found {count}")
+    for i, size in enumerate(sizes):
+        if fmt.is_packed and size % fmt.block[1]:
+            raise FormatError(f"a {fmt} run must be whole blocks of {fmt.block[1]}: {size}")
+        buffers = {"codes": (codes[i], size // 2 if fmt.is_packed else size)}
+        if fmt.is_packed:
+            buffers["block_scales"] = (block_scales[i], size // fmt.block[1])
+        for what, (found, wanted) in buffers.items():
+            if found.size != wanted or found.dtype != np.uint8 or not found.flags.c_contiguous:
+                raise FormatError(
+                    f"{what} of run {i}: expected {wanted} contiguous uint8, found {found.size} "
+                    f"{found.dtype}{'' if found.flags.c_contiguous else ', not contiguous'}"
+                )

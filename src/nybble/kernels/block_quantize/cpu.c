@@ -197,7 +197,8 @@ void nyb_decode(const nyb_segment *segments, int64_t n, int format, float *const
 }
 
 /* Sums per tile, added up in order afterwards: the same figures for any number of threads. */
-void nyb_compare(const nyb_segment *segments, int64_t n, int dtype, int format, nyb_comparison *out, int isa, int threads) {
+void nyb_compare(const nyb_segment *segments, int64_t n, int dtype, int format, nyb_comparison *out, int isa,
+                 int threads) {
   job j = {.dtype = dtype, .isa = isa, .format = format};
   int64_t tiles = start(&j, segments, n);
   j.compared = calloc((size_t)tiles + 1, sizeof(nyb_comparison));

@@ -29,6 +29,7 @@ int nyb_isa(void); /* the best instruction set of this machine */
 void nyb_amax(const nyb_segment *segments, int64_t n, int dtype, uint32_t *amax_bits, int isa, int threads);
 void nyb_quantize(const nyb_segment *segments, int64_t n, int dtype, int format, int search, int isa, int threads);
 void nyb_decode(const nyb_segment *segments, int64_t n, int format, float *const *out, int isa, int threads);
-void nyb_compare(const nyb_segment *segments, int64_t n, int dtype, int format, nyb_comparison *out, int isa, int threads);
+void nyb_compare(const nyb_segment *segments, int64_t n, int dtype, int format, nyb_comparison *out, int isa,
+                 int threads);
 
 #endif

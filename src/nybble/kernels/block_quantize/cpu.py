@@ -1,4 +1,4 @@
-"""The C kernels of cpu.c, called through ctypes: pointers and sizes, no copies, the interpreter lock released."""
+"""The C kernels of cpu.c, called through ctypes: no copies, the interpreter lock released."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _segments(
 
 
 def _call(name: str, segments: NDArray[np.void], *rest: object, threads: int) -> None:
-    """Call a function of cpu.h: segments, their count, integers and arrays as they come, isa, threads."""
+    """Call a function of cpu.h: segments, their count, integers and arrays, isa, threads."""
     library = load().handle
     if library is None:  # dispatch never gets here; a direct caller may
         raise KernelUnavailable(load().origin)

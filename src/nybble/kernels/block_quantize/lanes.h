@@ -1,6 +1,6 @@
-/* Vectors of float and int32 lanes for one instruction set. cpu.c includes the kernels once per set; each time one of
- * NYB_AVX512, NYB_AVX2, NYB_PORTABLE is 1. Every operation below is an IEEE single-precision operation rounded once
- * (or an integer one), so the kernels give the same bits on all of them; nothing here may be contracted or reordered. */
+/* Vectors of float and int32 lanes for one instruction set. cpu.c includes the kernels once per set; NYB_AVX512 or
+ * NYB_AVX2 is 1, or neither (portable). Every operation below is an IEEE single-precision operation rounded once (or
+ * an integer one), so the kernels give the same bits on all of them; nothing here may be contracted or reordered. */
 
 #undef FN
 #undef KERNEL

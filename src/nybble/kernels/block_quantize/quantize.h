@@ -320,11 +320,13 @@ FN void NAME(quantize_run)(const nyb_segment *segment, int64_t from, int64_t to,
 }
 
 /* One specialised copy per search and input width: constants propagate into the inlined functions above. */
-KERNEL void NAME(quantize_range)(const nyb_segment *segment, int64_t from, int64_t to, int dtype, int block, int search) {
+KERNEL void NAME(quantize_range)(const nyb_segment *segment, int64_t from, int64_t to, int dtype, int block,
+                                 int search) {
+  const int bf16 = dtype == NYB_BF16;
   if (block == 32) NAME(quantize_run)(segment, from, to, dtype, 32, search);
-  else if (dtype == NYB_BF16 && search == NYB_MSE) NAME(quantize_run)(segment, from, to, NYB_BF16, 16, NYB_MSE);
-  else if (dtype == NYB_BF16 && search == NYB_FOUR_SIX) NAME(quantize_run)(segment, from, to, NYB_BF16, 16, NYB_FOUR_SIX);
-  else if (dtype == NYB_BF16) NAME(quantize_run)(segment, from, to, NYB_BF16, 16, NYB_ABSMAX);
+  else if (bf16 && search == NYB_MSE) NAME(quantize_run)(segment, from, to, NYB_BF16, 16, NYB_MSE);
+  else if (bf16 && search == NYB_FOUR_SIX) NAME(quantize_run)(segment, from, to, NYB_BF16, 16, NYB_FOUR_SIX);
+  else if (bf16) NAME(quantize_run)(segment, from, to, NYB_BF16, 16, NYB_ABSMAX);
   else NAME(quantize_run)(segment, from, to, dtype, 16, search);
 }
 

@@ -1,4 +1,4 @@
-"""The definition of `formats.search`, applied to runs. Slow and plain: what the compiled kernels are tested against."""
+"""The definition of `formats.search` applied to runs: what the kernels are tested against."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from nybble.formats import search as definition
 from nybble.formats.block import BlockFormat
-from nybble.formats.element import F32Array, U8Array
+from nybble.formats.element import F32Array, U8Array, encode
 from nybble.formats.tensor import BlockScaledTensor
 from nybble.kernels.block_quantize import Comparison
 
@@ -50,7 +50,7 @@ def quantize(
                 quotient = part.astype(np.float32) / scale
                 if bf16_quotient:
                     quotient = quotient.astype(dtype).astype(np.float32)
-                codes[i].reshape(-1)[at : at + CHUNK] = definition.encode(quotient[0], fmt.element)
+                codes[i].reshape(-1)[at : at + CHUNK] = encode(quotient[0], fmt.element)
                 continue
             done = definition.quantize(
                 part, fmt, search, scale=scale[0] if fmt.has_tensor_scale else None

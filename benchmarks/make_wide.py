@@ -1,10 +1,12 @@
-"""Write a random checkpoint with the layer shapes of Qwen3.6-35B-A3B: two layers, 256 experts, 3.4 GB.
+"""Write a random checkpoint with the layer shapes of Qwen3.6-35B-A3B: two layers, 256 experts, 3.4
+GB.
 
     python benchmarks/make_wide.py OUT
 
-One DeltaNet and one full-attention layer, stacked experts and a small vision tower, in the published layout; no MTP
-head, a vocabulary of 4,096. Weights are heavy-tailed noise: for speed and memory, never for fidelity. Loads in
-transformers, so that other tools can be measured on the same file.
+One DeltaNet and one full-attention layer, stacked experts and a small vision tower, in the
+published layout; no MTP head, a vocabulary of 4,096. Weights are heavy-tailed noise: for speed and
+memory, never for fidelity. Loads in transformers, so that other tools can be measured on the same
+file.
 """
 
 from __future__ import annotations

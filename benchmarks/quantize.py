@@ -1,10 +1,12 @@
-"""End to end: a checkpoint folder quantized by nybble and, side by side, by other tools on the same file.
+"""End to end: a checkpoint folder quantized by nybble and, side by side, by other tools on the same
+file.
 
     python benchmarks/quantize.py MODEL [--peers modelopt,llmcompressor] [--runs 5] [--out FOLDER]
 
-MODEL: benchmarks/make_wide.py makes one with real layer shapes. Rounds alternate between the tools, so that a busy
-moment hits all of them. CPU seconds are user + system of the whole process tree; memory is the peak of private
-(anonymous) memory, sampled. Peers need `scripts/peers install NAME`. One line per run goes to benchmarks/results.csv.
+MODEL: benchmarks/make_wide.py makes one with real layer shapes. Rounds alternate between the tools,
+so that a busy moment hits all of them. CPU seconds are user + system of the whole process tree;
+memory is the peak of private (anonymous) memory, sampled. Peers need `scripts/peers install NAME`.
+One line per run goes to benchmarks/results.csv.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def commands(model: Path, out: Path, peers: list[str]) -> dict[str, list[str]]:
     if "modelopt" in peers:
         found["ModelOpt max"] = peer("modelopt", "run_modelopt.py", "w4a16_max")
     if "llmcompressor" in peers:
-        found["llm-compressor RTN, oneshot"] = peer("llmcompressor", "run_llmcompressor.py", "nvfp4a16")
+        found["llm-compressor RTN, oneshot"] = peer(
+            "llmcompressor", "run_llmcompressor.py", "nvfp4a16"
+        )
         found["llm-compressor RTN, model_free_ptq"] = peer(
             "llmcompressor", "run_llmcompressor.py", "mf_nvfp4a16"
         )
@@ -100,7 +104,9 @@ def watch(pid: int, peak: list[int]) -> None:
 
 def main() -> None:
     """Run the rounds, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--peers", default="")
     parser.add_argument("--runs", type=int, default=5)
@@ -135,14 +141,28 @@ def report(model: Path, source: int, costs: dict[str, list[Cost]]) -> None:
     with (ROOT / "benchmarks" / "results.csv").open("a", newline="") as file:
         writer = csv.writer(file)
         for name, runs in costs.items():
-            wall, cpu = (statistics.median(values) for values in zip(*((c.wall_s, c.cpu_s) for c in runs), strict=True))
+            wall, cpu = (
+                statistics.median(values)
+                for values in zip(*((c.wall_s, c.cpu_s) for c in runs), strict=True)
+            )
             memory, size = max(c.private_mib for c in runs), runs[0].output_mb
             print(
-                f"| {name} | {len(runs)} | {wall:.2f} | {cpu:.2f} | {cpu / base:.1f} | {memory} | {size} "
-                f"| {source / wall / 1e9:.2f} |"
+                f"| {name} | {len(runs)} | {wall:.2f} | {cpu:.2f} | {cpu / base:.1f} | {memory} | "
+                f"{size} | {source / wall / 1e9:.2f} |"
             )
             for c in runs:
-                writer.writerow(["quantize", commit, machine, model.name, name, c.wall_s, c.cpu_s, c.private_mib])
+                writer.writerow(
+                    [
+                        "quantize",
+                        commit,
+                        machine,
+                        model.name,
+                        name,
+                        c.wall_s,
+                        c.cpu_s,
+                        c.private_mib,
+                    ]
+                )
 
 
 def cpu_model() -> str:

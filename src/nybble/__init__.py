@@ -1,4 +1,5 @@
-"""nybble: four-bit LLM checkpoints, end to end. Public names are loaded on first use; nothing runs at import."""
+"""nybble: four-bit LLM checkpoints, end to end. Public names are loaded on first use; nothing runs
+at import."""
 
 from __future__ import annotations
 
@@ -7,16 +8,16 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for type checkers and editors; the table below is what runs
     from nybble.api.diff import Difference as Difference
-    from nybble.api.diff import diff as diff_checkpoints
+    from nybble.api.diff import diff as diff_checkpoints  # noqa: F401
     from nybble.api.doctor import Environment as Environment
-    from nybble.api.doctor import doctor as describe_machine
+    from nybble.api.doctor import doctor as describe_machine  # noqa: F401
     from nybble.api.inspect import Inspection as Inspection
-    from nybble.api.inspect import inspect as inspect_checkpoint
-    from nybble.api.plan import plan as plan_checkpoint
+    from nybble.api.inspect import inspect as inspect_checkpoint  # noqa: F401
+    from nybble.api.plan import plan as plan_checkpoint  # noqa: F401
     from nybble.api.quantize import Result as Result
-    from nybble.api.quantize import quantize as quantize_checkpoint
+    from nybble.api.quantize import quantize as quantize_checkpoint  # noqa: F401
     from nybble.errors import CheckFailed as CheckFailed
     from nybble.errors import CheckpointError as CheckpointError
     from nybble.errors import DoesNotFit as DoesNotFit
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from nybble.errors import RecipeError as RecipeError
     from nybble.plan.plan import Plan as Plan
 
-# Public name -> module and name there. The functions are not called `plan` or `quantize` here, because packages are.
+# Public name -> module and name there. The functions are not called `plan` or `quantize` here,
+# because packages are.
 _WHERE = {
     "plan_checkpoint": ("nybble.api.plan", "plan"),
     "quantize_checkpoint": ("nybble.api.quantize", "quantize"),

@@ -9,7 +9,8 @@
       CheckFailed             3   what was written is not what was planned
       DoesNotFit              4   not enough disk or memory; nothing was started
 
-A message says what is wrong, where (file, tensor, key), what was expected and found, and what to do.
+A message says what is wrong, where (file, tensor, key), what was expected and found, and what to
+do.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class FormatError(NybbleError):
 
 
 class RecipeError(NybbleError):
-    """A recipe is malformed, matches nothing, or asks for what the layout or the data cannot give."""
+    """A recipe is malformed, matches nothing, or asks for what the layout or the data cannot
+    give."""
 
 
 class ModelError(NybbleError):

@@ -1,7 +1,8 @@
 """The one progress display: a stage, how far it is, how fast, how long still.
 
-A terminal gets a line that is rewritten; anything else gets a whole line now and then. Nothing is silent for longer
-than 3 s on a terminal, 10 s otherwise, as long as the work calls `advance`. Goes to stderr; results go to stdout.
+A terminal gets a line that is rewritten; anything else gets a whole line now and then. Nothing is
+silent for longer than 3 s on a terminal, 10 s otherwise, as long as the work calls `advance`. Goes
+to stderr; results go to stdout.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from types import TracebackType
 
 
 class Progress:
-    """What a long job tells the person in front of it. This base class is silent: the library's default."""
+    """What a long job tells the person in front of it. This base class is silent: the library's
+    default."""
 
     def stage(self, title: str, total_bytes: int) -> None:
         """Begin a stage of total_bytes."""

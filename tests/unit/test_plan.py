@@ -485,7 +485,7 @@ def test_weights_that_are_no_floats_are_refused_with_their_dtype(tmp_path: Path)
 
 
 @pytest.mark.parametrize("says", [True, False])
-@pytest.mark.parametrize("leaf", ["weight_scale", "weight_packed", "input_scale"])
+@pytest.mark.parametrize("leaf", ["weight_scale", "weight_packed", "weight_scale_inv"])
 def test_a_quantized_source_is_refused_with_the_tensor_that_shows_it(
     tmp_path: Path, leaf: str, says: bool
 ) -> None:

@@ -44,7 +44,8 @@ def plan(
 
 
 def data_free_form(found: Plan, *, generic: bool = False) -> Plan | None:
-    """What a run without measured activations would write instead; None if the recipe has no such form.
+    """What a run without measured activations would write instead; None if the recipe has no such
+    form.
 
     The plan itself, where it needs no data.
     """

@@ -1,4 +1,5 @@
-"""`nybble quantize`: a checkpoint folder becomes a quantized one, and is opened again to prove it."""
+"""`nybble quantize`: a checkpoint folder becomes a quantized one, and is opened again to prove
+it."""
 
 from __future__ import annotations
 
@@ -92,9 +93,10 @@ def quantize(
 ) -> Result:
     """Quantize a local checkpoint folder into a new folder `out`, without calibration data.
 
-    `jobs` threads (default: all processors), shards of `shard_size` decimal bytes. With `dry_run` nothing is written.
-    The result is audited before this returns. Raises RecipeError for a recipe without a data-free form, CheckFailed
-    if the audit finds anything, and what planning and writing raise.
+    `jobs` threads (default: all processors), shards of `shard_size` decimal bytes. With `dry_run`
+    nothing is written. The result is audited before this returns. Raises RecipeError for a recipe
+    without a data-free form, CheckFailed if the audit finds anything, and what planning and writing
+    raise.
     """
     progress = progress or Progress()
     threads = jobs or default_threads()

@@ -1,7 +1,8 @@
 """The self-audit: a written checkpoint, opened afresh, held against its plan and its source.
 
-Names, dtypes, shapes and bytes; scales finite and positive; fused members with one tensor scale; copies byte for byte;
-and the error of every quantized weight, decoded from the file. Nothing of the run that wrote it is trusted.
+Names, dtypes, shapes and bytes; scales finite and positive; fused members with one tensor scale;
+copies byte for byte; and the error of every quantized weight, decoded from the file. Nothing of the
+run that wrote it is trusted.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def decibel(energy: float, error: float) -> float:
 
 
 def audit(plan: Plan, out: Path, *, threads: int, progress: Progress) -> Audit:
-    """Open `out` and hold it against the plan and the source. Raises CheckFailed with the first problems found."""
+    """Open `out` and hold it against the plan and the source. Raises CheckFailed with the first
+    problems found."""
     found = Audit()
     with Checkpoint.open(out) as written:
         _check_names(plan, written, found)
@@ -95,7 +97,8 @@ def _check_names(plan: Plan, written: Checkpoint, found: Audit) -> None:
         spec = planned.get(name)
         if spec is not None and (spec.dtype, spec.shape) != (info.dtype, info.shape):
             found.problems.append(
-                f"tensor {name}: planned {spec.dtype} {list(spec.shape)}, found {info.dtype} {list(info.shape)}"
+                f"tensor {name}: planned {spec.dtype} {list(spec.shape)}, found {info.dtype} "
+                f"{list(info.shape)}"
             )
     found.tensors = len(written.tensors)
     found.payload_bytes = sum(t.nbytes for t in written.tensors.values())
@@ -206,7 +209,8 @@ def _parts(
 
 
 def _scale(plan: Plan, written: Checkpoint, job: Job, member: Member) -> F32Array:
-    """The multiplying scale in float32: tensor scale of NVFP4, scales of FP8; ones where the format has none."""
+    """The multiplying scale in float32: tensor scale of NVFP4, scales of FP8; ones where the format
+    has none."""
     for leaf in plan.leaves(job.scheme, member.shape):
         if leaf.part == "tensor_scale":
             return plan.layout.load(leaf, written.array(f"{member.module}.{leaf.suffix}"))

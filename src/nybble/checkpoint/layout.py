@@ -1,7 +1,9 @@
-"""What a layout is: which tensors a quantized module becomes on disk, how scales are stored, what the configs say.
+"""What a layout is: which tensors a quantized module becomes on disk, how scales are stored, what
+the configs say.
 
-A layout converts between the canonical form (value = code * scale * tensor_scale) and one container's names and
-conventions. Divisors, 0-d against [1], BF16 scales: all of that lives here and in the two layout files, nowhere else.
+A layout converts between the canonical form (value = code * scale * tensor_scale) and one
+container's names and conventions. Divisors, 0-d against [1], BF16 scales: all of that lives here
+and in the two layout files, nowhere else.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ Part = Literal["codes", "scale", "tensor_scale", "input_scale"]
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One tensor of a quantized module: `MODULE.suffix`, what part of the canonical form it holds, and its type."""
+    """One tensor of a quantized module: `MODULE.suffix`, what part of the canonical form it holds,
+    and its type."""
 
     suffix: str
     part: Part
@@ -44,10 +47,11 @@ class Leaf:
 class Listing:
     """What a layout's configuration has to say about a checkpoint.
 
-    `quantized` maps module paths to schemes; the experts of a layer stand as their container (`...mlp.experts`) where
-    all have one scheme, and `expert_modules` then names one expert's projections below it ("0.gate_proj" ...).
-    `plain` are the linear modules that stay in their own dtype, `others` whatever else has a matrix (embedding, MTP
-    head, towers): no pattern may take them along. `kv_cache` is "fp8" or "".
+    `quantized` maps module paths to schemes; the experts of a layer stand as their container
+    (`...mlp.experts`) where all have one scheme, and `expert_modules` then names one expert's
+    projections below it ("0.gate_proj" ...). `plain` are the linear modules that stay in their own
+    dtype, `others` whatever else has a matrix (embedding, MTP head, towers): no pattern may take
+    them along. `kv_cache` is "fp8" or "".
     """
 
     quantized: Mapping[str, Scheme]
@@ -70,7 +74,8 @@ class Layout(Protocol):
         ...
 
     def refusal(self, schemes: Sequence[Scheme]) -> str:
-        """Why checkpoints with these schemes cannot be written so that engines read them; "" if they can."""
+        """Why checkpoints with these schemes cannot be written so that engines read them; "" if
+        they can."""
         ...
 
     def leaves(self, scheme: Scheme, shape: Shape) -> tuple[Leaf, ...]:
@@ -82,7 +87,8 @@ class Layout(Protocol):
         ...
 
     def store(self, leaf: Leaf, value: F32Array) -> NDArray[np.generic]:
-        """The bytes of a float32 scale leaf in this container's convention (codes and block scales go as they are)."""
+        """The bytes of a float32 scale leaf in this container's convention (codes and block scales
+        go as they are)."""
         ...
 
     def load(self, leaf: Leaf, stored: NDArray[np.generic]) -> F32Array:
@@ -90,5 +96,6 @@ class Layout(Protocol):
         ...
 
     def documents(self, config: Mapping[str, object], listing: Listing) -> dict[str, bytes]:
-        """config.json with its quantization section, and whatever other files this container has beside it."""
+        """config.json with its quantization section, and whatever other files this container has
+        beside it."""
         ...

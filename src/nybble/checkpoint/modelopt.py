@@ -1,7 +1,7 @@
 """The ModelOpt container: scales multiply, scalars are 0-d, `weight` keeps its name.
 
-Written as MIXED_PRECISION with a per-layer map (unlisted means unquantized) and two configuration files of equal
-content, the form that vLLM, SGLang and llama.cpp all read. Source: docs/layouts.md.
+Written as MIXED_PRECISION with a per-layer map (unlisted means unquantized) and two configuration
+files of equal content, the form that vLLM, SGLang and llama.cpp all read. Source: docs/layouts.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from nybble.formats.block import Shape
 from nybble.formats.element import F32Array
 from nybble.formats.scheme import FP8_STATIC, NVFP4_W4A4, NVFP4_W4A16, Scheme
 
-#: Scheme -> `quant_algo`. vLLM's mixed-precision loader dispatches these three per layer; anything else it takes for
+#: Scheme -> `quant_algo`. vLLM's mixed-precision loader dispatches these three per layer; anything
+#: else it takes for
 #: unquantized, and FP8 bytes would be read as BF16 without a word.
 ALGORITHMS: dict[Scheme, str] = {
     NVFP4_W4A4: "NVFP4",
@@ -43,12 +44,13 @@ class ModelOpt:
             return ""
         return (
             f"the modelopt layout cannot carry {', '.join(foreign)}: engines dispatch only "
-            f"{', '.join(sorted(s.name for s in ALGORITHMS))} per layer and read anything else as BF16; "
-            "use --layout compressed-tensors"
+            f"{', '.join(sorted(s.name for s in ALGORITHMS))} per layer and read anything else as "
+            "BF16; use --layout compressed-tensors"
         )
 
     def leaves(self, scheme: Scheme, shape: Shape) -> tuple[Leaf, ...]:
-        """weight, weight_scale, weight_scale_2 (NVFP4), input_scale (where activations have one)."""
+        """weight, weight_scale, weight_scale_2 (NVFP4), input_scale (where activations have
+        one)."""
         fmt = scheme.weight
         if fmt is None or scheme not in ALGORITHMS:
             raise RecipeError(self.refusal([scheme]) or f"{scheme} has no tensors of its own")
@@ -77,10 +79,12 @@ class ModelOpt:
         return stored.astype(np.float32)
 
     def documents(self, config: Mapping[str, object], listing: Listing) -> dict[str, bytes]:
-        """config.json with the flat object, hf_quant_config.json with the nested one; equal content."""
+        """config.json with the flat object, hf_quant_config.json with the nested one; equal
+        content."""
         layers = {name: _entry(listing.quantized[name]) for name in sorted(listing.quantized)}
         ignore = ["mtp*", "mtp.layers.0*"] if listing.has_mtp else []
-        # vLLM resolves `.experts` by any sibling under its parent, such as a quantized shared expert.
+        # vLLM resolves `.experts` by any sibling under its parent, such as a quantized shared
+        # expert.
         ignore += [name for name in listing.plain_experts if _has_quantized_sibling(name, listing)]
         producer = {"name": "nybble", "version": listing.version}
         flat: dict[str, object] = {
@@ -118,7 +122,8 @@ def _entry(scheme: Scheme) -> dict[str, object]:
 
 
 def _groups(listing: Listing) -> dict[str, object]:
-    """One group per algorithm; W4A16 says nothing of activations, or engines would run it as W4A4."""
+    """One group per algorithm; W4A16 says nothing of activations, or engines would run it as
+    W4A4."""
     groups: dict[str, object] = {}
     for scheme in ALGORITHMS:
         targets = sorted(name for name, s in listing.quantized.items() if s == scheme)

@@ -1,4 +1,5 @@
-"""The command line: arguments in, tables out. Heavy modules are imported inside the commands, so that help is quick."""
+"""The command line: arguments in, tables out. Heavy modules are imported inside the commands, so
+that help is quick."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ def _finite(value: object) -> object:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns of text, two spaces apart; those in `right` are right-aligned. As wide as its content, never cut."""
+    """Columns of text, two spaces apart; those in `right` are right-aligned. As wide as its
+    content, never cut."""
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     lines = []
     for row in [head, ["-" * w for w in widths], *rows]:

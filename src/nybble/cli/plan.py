@@ -75,8 +75,8 @@ def render(found: Plan, without_data: Plan | None) -> str:
     four_bit = sum(r.parameters for r in quantized if r.scheme.weight and r.scheme.weight.is_packed)
     plain = sum(r.bytes for r in found.rows if not r.scheme.weight)
     lines = [
-        f"{found.checkpoint.path}: {found.family.title} ({found.family.model_type}), recipe {found.recipe.name}, "
-        f"layout {found.layout.name}",
+        f"{found.checkpoint.path}: {found.family.title} ({found.family.model_type}), recipe "
+        f"{found.recipe.name}, layout {found.layout.name}",
         table(
             [
                 "role",
@@ -92,15 +92,18 @@ def render(found: Plan, without_data: Plan | None) -> str:
             right=(1, 2, 3, 5, 6, 7),
         ),
         f"total        {billions(parameters)} parameters, {gib(before)} GiB -> {gib(size)} GiB "
-        f"({size:,} bytes), {before / size:.2f}x smaller, {8 * size / parameters:.2f} bits per parameter",
+        f"({size:,} bytes), {before / size:.2f}x smaller, {8 * size / parameters:.2f} bits per "
+        "parameter",
         f"why not 4x   a four-bit weight takes 4.5 bits with its scales: at most {16 / 4.5:.2f}x; "
-        f"{four_bit / parameters:.0%} of the parameters are four-bit, and {gib(plain)} GiB stay as they are",
-        f"active       {billions(int(str(sums['active_parameters'])))} parameters per decoded token; it reads "
-        f"{int(str(sums['bytes_per_token'])) / 1e9:.2f} GB instead of {active_source_bytes(found) / 1e9:.2f} GB",
-        f"hub sidebar  will show {billions(found.stored_parameters)} parameters: it counts stored elements, and two "
-        "four-bit weights share one; scales and the MTP head are left out",
-        f"accounted    {len(found.checkpoint.tensors):,} of {len(found.checkpoint.tensors):,} source tensors; "
-        f"{len(found.copies):,} go over byte for byte",
+        f"{four_bit / parameters:.0%} of the parameters are four-bit, and {gib(plain)} GiB stay "
+        "as they are",
+        f"active       {billions(int(str(sums['active_parameters'])))} parameters per decoded "
+        f"token; it reads {int(str(sums['bytes_per_token'])) / 1e9:.2f} GB instead of "
+        f"{active_source_bytes(found) / 1e9:.2f} GB",
+        f"hub sidebar  will show {billions(found.stored_parameters)} parameters: it counts stored "
+        "elements, and two four-bit weights share one; scales and the MTP head are left out",
+        f"accounted    {len(found.checkpoint.tensors):,} of {len(found.checkpoint.tensors):,} "
+        f"source tensors; {len(found.copies):,} go over byte for byte",
     ]
     if found.recipe.needs_data:
         lines.append(_without_data(found, without_data))
@@ -112,7 +115,10 @@ def _without_data(found: Plan, without_data: Plan | None) -> str:
     from nybble.cli.output import gib
 
     if without_data is None:
-        return f"without data this recipe cannot run: {found.recipe.name} quantizes activations with measured scales"
+        return (
+            f"without data this recipe cannot run: {found.recipe.name} quantizes activations with "
+            "measured scales"
+        )
     kept = {r.role: r.bytes for r in without_data.rows if not r.scheme.weight}
     roles = [r for r in found.rows if r.scheme.needs_input_scale and r.role in kept]
     what = ", ".join(f"{r.role} ({gib(kept[r.role])} GiB instead of {gib(r.bytes)})" for r in roles)

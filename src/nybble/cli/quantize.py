@@ -100,13 +100,15 @@ def render(result: Result) -> str:
                 rows,
                 right=(2, 3, 4),
             ),
-            f"verified     {checked.tensors:,} tensors, {checked.payload_bytes:,} bytes as planned; scales finite and "
-            f"positive; {checked.sqnr_db:.2f} dB over all quantized weights ({result.search})",
+            f"verified     {checked.tensors:,} tensors, {checked.payload_bytes:,} bytes as "
+            f"planned; scales finite and positive; {checked.sqnr_db:.2f} dB over all quantized "
+            f"weights ({result.search})",
             f"identical    {checked.copied:,} copied tensors byte for byte: {copied}",
             f"size         {gib(source)} GiB -> {gib(checked.payload_bytes)} GiB",
-            f"time         {result.seconds:.1f} s to quantize ({source / max(result.seconds, 1e-9) / 1e9:.2f} GB/s of "
-            f"source), {result.audit_seconds:.1f} s to verify, {result.cpu_seconds:.1f} CPU s; {result.kernels}, "
-            f"{result.threads} threads",
+            f"time         {result.seconds:.1f} s to quantize "
+            f"({source / max(result.seconds, 1e-9) / 1e9:.2f} GB/s of source), "
+            f"{result.audit_seconds:.1f} s to verify, {result.cpu_seconds:.1f} CPU s; "
+            f"{result.kernels}, {result.threads} threads",
             "",
         ]
     )

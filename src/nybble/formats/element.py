@@ -41,8 +41,10 @@ F32 = ElementFormat("f32", 32, float(np.finfo(np.float32).max), 2.0**-149, np.dt
 
 _E2M1_TABLE = np.array([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=np.float32)
 _E2M1_TABLE[8] = -0.0
-# Halfway points between neighbouring magnitudes; a tie goes to the even code, up at every second.
-_E2M1_HALFWAY = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=np.float32)
+# An E2M1 code is the number of thresholds below the magnitude. They lie halfway between neighbours;
+# a tie goes to the even code, so where that is the upper one the threshold is one float lower.
+_E2M1_THRESHOLDS = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=np.float32)
+_E2M1_THRESHOLDS[1::2] = np.nextafter(_E2M1_THRESHOLDS[1::2], np.float32(0))
 
 
 def encode(x: F32Array, fmt: ElementFormat) -> U8Array:
@@ -53,11 +55,8 @@ def encode(x: F32Array, fmt: ElementFormat) -> U8Array:
     """
     codes: U8Array
     if fmt is E2M1:
-        magnitude = np.abs(x)
-        above = np.searchsorted(_E2M1_HALFWAY, magnitude)  # the number of halfway points < x
-        # A tie at an odd halfway point (0.75, 1.75, 3.5) goes up, to the even code.
-        tie_up = np.isin(magnitude, _E2M1_HALFWAY[1::2])
-        codes = (above + tie_up + 8 * np.signbit(x)).astype(np.uint8)
+        below = np.searchsorted(_E2M1_THRESHOLDS, np.abs(x))
+        codes = (below + 8 * np.signbit(x)).astype(np.uint8)
     elif fmt is E8M0:
         mantissa, exponent = np.frexp(x)  # x = mantissa * 2^exponent, mantissa in [0.5, 1)
         codes = np.clip(exponent - (mantissa < 0.75) + 127, 0, 254).astype(np.uint8)

@@ -5,7 +5,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <unistd.h>
 #ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -17,7 +16,6 @@
 static struct {
   pthread_mutex_t callers; /* one job at a time */
   int workers;
-  pid_t owner; /* threads do not survive fork: a child starts its own */
   nyb_task task;
   void *context;
   int64_t count;
@@ -80,11 +78,17 @@ static void *worker(void *argument) {
   return NULL;
 }
 
+/* Threads do not survive fork, and a lock that another thread held stays locked: a child starts afresh. */
+static void after_fork(void) {
+  pool.callers = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+  pool.workers = 0;
+#ifndef __linux__
+  sleep_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+#endif
+}
+static void watch_forks(void) { pthread_atfork(NULL, NULL, after_fork); }
+
 static void grow(int wanted) {
-  if (pool.owner != getpid()) {
-    pool.owner = getpid();
-    pool.workers = 0;
-  }
   while (pool.workers < wanted && pool.workers < MAX_WORKERS) {
     pthread_t thread;
     pool.born[pool.workers] = atomic_load(&pool.ticket);
@@ -103,6 +107,8 @@ void nyb_parallel(nyb_task task, void *context, int64_t count, int threads) {
     for (int64_t i = 0; i < count; i++) task(context, i);
     return;
   }
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, watch_forks);
   pthread_mutex_lock(&pool.callers);
   grow(threads - 1);
   pool.task = task;

@@ -1,6 +1,8 @@
-"""The plan: what happens to every tensor of a checkpoint, what comes out, and how many bytes it takes.
+"""The plan: what happens to every tensor of a checkpoint, what comes out, and how many bytes it
+takes.
 
-Made from headers alone. `quantize` executes it, `check` audits against it. A tensor that nobody claims stops planning.
+Made from headers alone. `quantize` executes it, `check` audits against it. A tensor that nobody
+claims stops planning.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from nybble.checkpoint.layout import Layout, Leaf, Listing
-from nybble.checkpoint.reader import Checkpoint, TensorInfo, TensorSpec
+from nybble.checkpoint.reader import Checkpoint, TensorInfo, TensorSpec, collector_paused
 from nybble.errors import ModelError, RecipeError
 from nybble.families import Claimed, Dimensions, Family, find_family, generic_family
 from nybble.formats.block import Shape
@@ -25,7 +27,8 @@ QUANTIZED_LEAVES = frozenset(
     ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "weight_global_scale")
     + ("qweight", "qzeros", "scales", "gate_up_proj_scale", "down_proj_scale")
 )
-#: Roles that a decoded token does not read: the embedding is a look-up, the others are other models' work.
+#: Roles that a decoded token does not read: the embedding is a look-up, the others are other
+#: models' work.
 NOT_PER_TOKEN = ("embedding", "vision", "mtp")
 
 
@@ -33,7 +36,8 @@ NOT_PER_TOKEN = ("embedding", "vision", "mtp")
 class Member:
     """One matrix [N, K] of the source and the module it becomes.
 
-    `source` is the tensor's name, `expert` its place in a stack [E, rows, K] or None, `first_row` where it begins.
+    `source` is the tensor's name, `expert` its place in a stack [E, rows, K] or None, `first_row`
+    where it begins.
     """
 
     module: str
@@ -45,7 +49,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The members of one fused group (or one lone matrix): they share a tensor scale and are done together."""
+    """The members of one fused group (or one lone matrix): they share a tensor scale and are done
+    together."""
 
     name: str
     role: str
@@ -65,7 +70,8 @@ class Copy:
 class Row:
     """One line of the plan's table: tensors of one role with one scheme.
 
-    `tensors` counts source tensors, `modules` what they become, `active` the parameters a decoded token reads.
+    `tensors` counts source tensors, `modules` what they become, `active` the parameters a decoded
+    token reads.
     """
 
     role: str
@@ -151,7 +157,8 @@ class Plan:
 
     @cached_property
     def stored_parameters(self) -> int:
-        """What model hubs show as the size: stored elements, two four-bit weights in each, no scales, no MTP head."""
+        """What model hubs show as the size: stored elements, two four-bit weights in each, no
+        scales, no MTP head."""
         total = sum(c.tensor.size for c in self.copies if c.role != "mtp")
         for job in self.jobs:
             for member in job.members:
@@ -161,7 +168,8 @@ class Plan:
         return total
 
     def digest(self) -> str:
-        """A hash of everything that decides the bytes of the result, the source's values excepted."""
+        """A hash of everything that decides the bytes of the result, the source's values
+        excepted."""
         text = hashlib.sha256()
         for spec in self.outputs:
             text.update(f"{spec.name} {spec.dtype} {spec.shape}\n".encode())
@@ -174,15 +182,17 @@ class Plan:
         return _listing(self, version)
 
 
+@collector_paused()  # a plan is 100,000s of small objects and no cycle
 def make_plan(
     checkpoint: Checkpoint, recipe: Recipe, layout: Layout, *, generic: bool = False
 ) -> Plan:
     """Decide what happens to every tensor of an unquantized checkpoint.
 
-    Raises ModelError for an unknown model type (unless `generic`), an unclaimed tensor, a shape that contradicts the
-    configuration or a missing tensor; RecipeError for a source that is quantized already, a rule that matches nothing,
-    a split fused group, experts of a layer that differ, or schemes that the layout cannot carry; FormatError for a
-    weight that does not divide into blocks.
+    Raises ModelError for an unknown model type (unless `generic`), an unclaimed tensor, a shape
+    that contradicts the configuration or a missing tensor; RecipeError for a source that is
+    quantized already, a rule that matches nothing, a split fused group, experts of a layer that
+    differ, or schemes that the layout cannot carry; FormatError for a weight that does not divide
+    into blocks.
     """
     notes = _refuse_quantized(checkpoint)
     tensors = checkpoint.tensors
@@ -225,8 +235,39 @@ def make_plan(
         raise RecipeError(f"recipe {recipe.name}: {refusal}")
     if dimensions.tied and any("lm_head" in r.roles and r.scheme.weight for r in recipe.rules):
         notes.append("lm_head is tied to the embedding and stays as it is: the look-up needs it")
+    notes += _downgrades(recipe, tensors, claims, layout)
     jobs = tuple(Job(g, d.role, d.scheme, tuple(members[g])) for g, d in drafts.items())
     return Plan(checkpoint, family, dimensions, recipe, layout, jobs, tuple(copies), tuple(notes))
+
+
+def _downgrades(
+    recipe: Recipe,
+    tensors: Mapping[str, TensorInfo],
+    claims: Mapping[str, Claimed | None],
+    layout: Layout,
+) -> list[str]:
+    """What the data-free form of a recipe leaves in a wider format, with its bytes."""
+    notes = []
+    for rule in recipe.rules:
+        if rule.wanted is None:
+            continue
+        now = wanted = 0
+        for name, claimed in claims.items():
+            if claimed is None or claimed.claim.role not in rule.roles:
+                continue
+            tensor = tensors[name]
+            for _, m in _members(claimed, tensor) if claimed.claim.is_linear else ():
+                if rule.matches(claimed.claim.role, m.module):
+                    leaves = layout.leaves(rule.scheme, m.shape) if rule.scheme.weight else ()
+                    plain = m.shape[0] * m.shape[1] * tensor.nbytes // tensor.size
+                    now += sum(leaf.nbytes for leaf in leaves) or plain
+                    wanted += sum(leaf.nbytes for leaf in layout.leaves(rule.wanted, m.shape))
+        kept = "stay as they are" if rule.scheme.weight is None else f"become {rule.scheme}"
+        notes.append(
+            f"{', '.join(rule.roles)} {kept}: {now:,} bytes instead of {wanted:,} as {rule.wanted}, "
+            "whose input scales must be measured with calibration data; this run has none"
+        )
+    return notes
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> list[str]:
@@ -237,14 +278,14 @@ def _refuse_quantized(checkpoint: Checkpoint) -> list[str]:
     if marks:
         says = f"quant_method {method}" if method else "nothing of it in config.json"
         raise RecipeError(
-            f"{checkpoint.path}: is quantized already ({marks[0]}{_more(marks)}; {says}); quantizing "
-            "it again would add its errors to new ones. Start from the BF16 original"
+            f"{checkpoint.path}: is quantized already ({marks[0]}{_more(marks)}; {says}); "
+            "quantizing it again would add its errors to new ones. Start from the BF16 original"
         )
     if section is None:
         return []
     return [
-        f"config.json has a quantization_config ({method}), but the file holds plain weights: it is "
-        "taken for a leftover and replaced"
+        f"config.json has a quantization_config ({method}), but the file holds plain weights: it "
+        "is taken for a leftover and replaced"
     ]
 
 
@@ -254,14 +295,16 @@ def _check_tensors(
     dimensions: Dimensions,
     claims: Mapping[str, Claimed | None],
 ) -> list[str]:
-    """Raise for unclaimed, contradicting and missing tensors; return notes on an MTP head or a tower that is absent."""
+    """Raise for unclaimed, contradicting and missing tensors; return notes on an MTP head or a
+    tower that is absent."""
     unclaimed = [name for name, claimed in claims.items() if claimed is None]
     if unclaimed:
         more = _more(unclaimed)
         raise ModelError(
-            f"{checkpoint.path}: no rule of the family {family.model_type} claims tensor {unclaimed[0]!r}{more}; "
-            "nothing is dropped or guessed. If the file is right, the family is missing a fact: please report it. "
-            "`--generic` plans by names and shapes alone"
+            f"{checkpoint.path}: no rule of the family {family.model_type} claims tensor "
+            f"{unclaimed[0]!r}{more}; nothing is dropped or guessed. If the file is right, the "
+            "family is missing a fact: please report it. `--generic` plans by names and shapes "
+            "alone"
         )
     # What is copied anyway may contradict the configuration: it is said, and stays as it is.
     copied = {n for n, c in claims.items() if c is not None and c.claim.role in ("mtp", "vision")}
@@ -285,8 +328,8 @@ def _check_tensors(
         )
     words = {"mtp": "an MTP head", "vision": "a vision tower"}
     return notes + [
-        f"config.json promises {words[role]}, and the checkpoint lacks {len(names)} of its tensors ({names[0]}, ...): "
-        "the result lacks them too, and engines that use them will fail"
+        f"config.json promises {words[role]}, and the checkpoint lacks {len(names)} of its tensors "
+        f"({names[0]}, ...): the result lacks them too, and engines that use them will fail"
         for role, names in side.items()
         if names
     ]
@@ -305,7 +348,9 @@ def _members(claimed: Claimed, tensor: TensorInfo) -> list[tuple[str, Member]]:
     parts = claimed.claim.stack
     n = rows // len(parts)
     # As the per-expert layout has it: "...experts.3:gate_up", "...experts.3.down_proj".
-    end = ":" + "_".join(p.removesuffix("_proj") for p in parts) if len(parts) > 1 else f".{parts[0]}"
+    end = (
+        ":" + "_".join(p.removesuffix("_proj") for p in parts) if len(parts) > 1 else f".{parts[0]}"
+    )
     found = []
     for e in range(experts):
         base = f"{claimed.module}.{e}"
@@ -318,7 +363,8 @@ def _members(claimed: Claimed, tensor: TensorInfo) -> list[tuple[str, Member]]:
 def _schemes(
     recipe: Recipe, role: str, found: Sequence[tuple[str, Member]], used: set[int]
 ) -> list[Scheme]:
-    """The scheme of each matrix in a tensor, by the first rule that names it; notes the rules that did."""
+    """The scheme of each matrix in a tensor, by the first rule that names it; notes the rules that
+    did."""
     rules = [(i, rule) for i, rule in enumerate(recipe.rules) if role in rule.roles]
     if found and rules and not rules[0][1].modules:  # one rule for all of a stack
         used.add(rules[0][0])
@@ -339,12 +385,13 @@ def _check_quantizable(
     plain = [m.module for (_, m), s in zip(found, chosen, strict=True) if s.weight is None]
     if plain:
         raise RecipeError(
-            f"tensor {tensor.name} holds {len(found)} matrices, and the recipe quantizes only some of them "
-            f"({plain[0]} stays); a stacked tensor is quantized whole or not at all"
+            f"tensor {tensor.name} holds {len(found)} matrices, and the recipe quantizes only some "
+            f"of them ({plain[0]} stays); a stacked tensor is quantized whole or not at all"
         )
     if tensor.dtype not in FLOATS:
         raise RecipeError(
-            f"tensor {tensor.name} is {tensor.dtype}; only {', '.join(FLOATS)} weights can be quantized"
+            f"tensor {tensor.name} is {tensor.dtype}; only {', '.join(FLOATS)} weights can be "
+            "quantized"
         )
     shapes = {m.shape for _, m in found}
     for scheme in {id(s): s for s in chosen}.values():
@@ -357,8 +404,9 @@ def _split(
     recipe: Recipe, group: str, first: str, first_scheme: Scheme, second: str, second_scheme: Scheme
 ) -> RecipeError:
     return RecipeError(
-        f"recipe {recipe.name} splits the fused group {group}: {first} would be {first_scheme}, {second} "
-        f"{second_scheme}. Engines run them as one matmul with one scheme; give all members the same"
+        f"recipe {recipe.name} splits the fused group {group}: {first} would be {first_scheme}, "
+        f"{second} {second_scheme}. Engines run them as one matmul with one scheme; give all "
+        "members the same"
     )
 
 
@@ -386,17 +434,21 @@ def _refuse_mixed_experts(
     copies: Sequence[Copy],
     claims: Mapping[str, Claimed | None],
 ) -> None:
-    """Engines build all experts of a layer alike, and the configuration files say one thing of them."""
+    """Engines build all experts of a layer alike, and the configuration files say one thing of
+    them."""
     seen: dict[str, tuple[str, Scheme]] = {}
-    experts = [(members[g][0].module, j.scheme) for g, j in jobs.items() if j.role == "routed_expert"]
+    experts = [
+        (members[g][0].module, j.scheme) for g, j in jobs.items() if j.role == "routed_expert"
+    ]
     plain = [claims[c.tensor.name] for c in copies if c.role == "routed_expert"]
     for module, scheme in (*experts, *((c.module, BF16) for c in plain if c)):
         container = module.partition(".experts")[0]
         first, its_scheme = seen.setdefault(container, (module, scheme))
         if scheme is not its_scheme:
             raise RecipeError(
-                f"recipe {recipe.name}: the experts of {container} would be quantized differently: {first} "
-                f"{its_scheme}, {module} {scheme}. Engines build all experts of a layer alike; give them one scheme"
+                f"recipe {recipe.name}: the experts of {container} would be quantized differently: "
+                f"{first} {its_scheme}, {module} {scheme}. Engines build all experts of a layer "
+                "alike; give them one scheme"
             )
 
 

@@ -1,13 +1,15 @@
-"""Recipes: ordered rules from roles to schemes, one TOML file each. Strict: what a reader would ignore is an error.
+"""Recipes: ordered rules from roles to schemes, one TOML file each. Strict: what a reader would
+ignore is an error.
 
 title = "..."                 one line for tables
-kv_cache = "fp8"              optional: what the checkpoint declares for the KV cache (cast, no scale tensors)
+kv_cache = "fp8"              optional: what the checkpoint declares for the KV cache (cast, no
+scale tensors)
 
-[[rule]]                      the first rule that names a module decides; what no rule names is copied
-roles = ["mlp", "attention"]  words of families/family.py
-modules = ["*.layers.0.*"]    optional: only modules whose path matches one of these globs
-scheme = "nvfp4-w4a16"        a row of formats/scheme.py, or "bf16" to leave them as they are
-without_data = "bf16"         optional: the scheme where no activations were measured
+[[rule]]                      the first rule that names a module decides; what no rule names is
+copied roles = ["mlp", "attention"]  words of families/family.py modules = ["*.layers.0.*"]
+optional: only modules whose path matches one of these globs scheme = "nvfp4-w4a16"        a row of
+formats/scheme.py, or "bf16" to leave them as they are without_data = "bf16"         optional: the
+scheme where no activations were measured
 """
 
 from __future__ import annotations
@@ -29,12 +31,16 @@ _RULE_KEYS = {"roles", "modules", "scheme", "without_data"}
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Modules of these roles (and paths, where globs are given) get this scheme."""
+    """Modules of these roles (and paths, where globs are given) get this scheme.
+
+    `wanted` is the scheme of the full recipe, in the rules of its data-free form that differ.
+    """
 
     roles: tuple[str, ...]
     modules: tuple[str, ...]
     scheme: Scheme
     without_data: Scheme | None
+    wanted: Scheme | None = None
 
     def matches(self, role: str, module: str) -> bool:
         """Whether this rule names a module."""
@@ -66,12 +72,18 @@ class Recipe:
         lacking = [r for r in self.rules if r.scheme.needs_input_scale and r.without_data is None]
         if lacking:
             raise RecipeError(
-                f"recipe {self.name}: {lacking[0]} quantizes activations with a measured input_scale, and this "
-                "run measures none; a made-up scale would silently ruin answers. Use a weight-only recipe "
-                "(nvfp4, nvfp4-all) or one with dynamic activations (fp8)"
+                f"recipe {self.name}: {lacking[0]} quantizes activations with a measured "
+                "input_scale, and this run measures none; a made-up scale would silently ruin "
+                "answers. Use a weight-only recipe (nvfp4, nvfp4-all) or one with dynamic "
+                "activations (fp8)"
             )
-        rules = tuple(replace(r, scheme=r.without_data or r.scheme) for r in self.rules)
-        return replace(self, rules=rules)
+        return replace(self, rules=tuple(_downgraded(r) for r in self.rules))
+
+
+def _downgraded(rule: Rule) -> Rule:
+    if not rule.scheme.needs_input_scale or rule.without_data is None:
+        return rule
+    return replace(rule, scheme=rule.without_data, wanted=rule.scheme)
 
 
 def recipe_names() -> list[str]:
@@ -83,7 +95,8 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """A recipe by name, or a TOML file by path. Raises RecipeError for what is unknown or malformed."""
+    """A recipe by name, or a TOML file by path. Raises RecipeError for what is unknown or
+    malformed."""
     if name in recipe_names():
         text = (resources.files("nybble.plan") / "recipes" / f"{name}.toml").read_text("utf-8")
         return parse_recipe(name, text)

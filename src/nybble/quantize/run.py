@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -42,7 +43,8 @@ QUEUE = 8
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a plan is executed. None of these but `search` and `shard_bytes` changes a byte of the result."""
+    """How a plan is executed. None of these but `search` and `shard_bytes` changes a byte of the
+    result."""
 
     search: Search = "mse"
     shard_bytes: int = SHARD_BYTES
@@ -91,9 +93,9 @@ def execute(
 ) -> None:
     """Write the checkpoint that the plan describes to `out`.
 
-    Raises RecipeError if the plan needs measured input scales; FormatError for NaN or infinities, naming tensor and
-    index; CheckpointError and DoesNotFit from the writer. What an interruption leaves in OUT.partial is continued with
-    `options.resume`, and ends with the same bytes.
+    Raises RecipeError if the plan needs measured input scales; FormatError for NaN or infinities,
+    naming tensor and index; CheckpointError and DoesNotFit from the writer. What an interruption
+    leaves in OUT.partial is continued with `options.resume`, and ends with the same bytes.
     """
     _refuse_static(plan)
     for job in plan.jobs:
@@ -124,7 +126,8 @@ def execute(
 
 
 def journal_header(plan: Plan, options: Options, version: str) -> dict[str, object]:
-    """What must be equal for a run to be continued: the source by headers, sizes and times, the plan, the options."""
+    """What must be equal for a run to be continued: the source by headers, sizes and times, the
+    plan, the options."""
     return {
         "version": version,
         "source": plan.checkpoint.fingerprint(),
@@ -140,8 +143,8 @@ def _refuse_static(plan: Plan) -> None:
     for job in plan.jobs:
         if job.scheme.needs_input_scale:
             raise RecipeError(
-                f"{job.name}: {job.scheme} needs a measured input_scale, and this run measures none; "
-                "a made-up scale would silently ruin answers"
+                f"{job.name}: {job.scheme} needs a measured input_scale, and this run measures "
+                "none; a made-up scale would silently ruin answers"
             )
 
 
@@ -222,7 +225,7 @@ class Run:
         data = self.checkpoint.raw(name)
         for at in range(0, max(len(data), 1), TILE_BYTES):
             part = data[at : at + TILE_BYTES]
-            self._write(lambda part=part, at=at: self.writer.write(name, part, at))
+            self._write(partial(self.writer.write, name, part, at))
             self.progress.advance(len(part), name)
         if len(data) >= TILE_BYTES:
             self._drain(0)
@@ -284,7 +287,8 @@ class Run:
             self._write_whole(whole, data)
 
     def _write_whole(self, tensors: Sequence[tuple[str, int]], data: U8Array) -> None:
-        """Write tensors whose bytes follow one another in `data`; neighbours on disk in one call."""
+        """Write tensors whose bytes follow one another in `data`; neighbours on disk in one
+        call."""
         start = at = 0
         run: list[str] = []
         end: tuple[str, int] | None = None
@@ -311,7 +315,7 @@ class Run:
                         values.append(np.ascontiguousarray(stored).reshape(-1).view(np.uint8))
         if tensors:
             data = np.concatenate(values)
-            self._write(lambda: self._write_whole(tensors, data))
+            self._write(partial(self._write_whole, tensors, data))
 
     def _write(self, call: Callable[[], None]) -> None:
         """Queue a write behind the others; the error of an earlier one surfaces here."""

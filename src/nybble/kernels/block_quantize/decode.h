@@ -88,7 +88,17 @@ FN double NAME(sum16)(__m512 a) {
 }
 #endif
 
-/* Squared error and energy of elements [from, to): in float32 over 256 elements at a time, in double beyond. */
+/* Squared error and energy of n elements in double. */
+FN void NAME(compare_exactly)(const float *x, const float *y, int n, nyb_comparison *out) {
+  for (int k = 0; k < n; k++) {
+    double d = x[k] - y[k];
+    out->error += d * d;
+    out->energy += (double)x[k] * x[k];
+  }
+}
+
+/* Squared error and energy of elements [from, to): in float32 over 256 elements at a time, in double beyond. Where a
+ * sum leaves the range in which float32 squares are safe, those 256 are done again in double. */
 KERNEL void NAME(compare_range)(const nyb_segment *segment, int64_t from, int64_t to, int dtype, int format,
                                 nyb_comparison *out) {
   for (int64_t i = from; i < to; i += 256) {
@@ -106,9 +116,12 @@ KERNEL void NAME(compare_range)(const nyb_segment *segment, int64_t from, int64_
         error = _mm512_add_ps(error, _mm512_mul_ps(d, d));
         energy = _mm512_add_ps(energy, _mm512_mul_ps(value, value));
       }
-      out->error += NAME(sum16)(error);
-      out->energy += NAME(sum16)(energy);
-      continue;
+      double e = NAME(sum16)(error), all = NAME(sum16)(energy);
+      if (e < 0x1p100 && all < 0x1p100 && all > 0x1p-60) {
+        out->error += e;
+        out->energy += all;
+        continue;
+      }
     }
 #endif
     float x[256], error = 0, energy = 0;
@@ -118,8 +131,12 @@ KERNEL void NAME(compare_range)(const nyb_segment *segment, int64_t from, int64_
       error += d * d;
       energy += x[k] * x[k];
     }
-    out->error += (double)error;
-    out->energy += (double)energy;
+    if (error < 0x1p100f && energy < 0x1p100f && energy > 0x1p-60f) {
+      out->error += (double)error;
+      out->energy += (double)energy;
+    } else {
+      NAME(compare_exactly)(x, y, n, out);
+    }
   }
   if (format == NYB_FP8) return;
   const int block = format == NYB_MXFP4 ? 32 : 16;

@@ -164,7 +164,7 @@ FN vi NAME(scale_absmax)(vf amax, vf g) {
  * search_mse) downwards until the largest element alone costs more. Errors are in units of that first scale. */
 FN vi NAME(scale_mx)(const vf *x, vf amax, int search) {
   vi rounded = i_right(i_add(bits(amax), i_all(0x00200000)), 23);
-  vi field = i_min(i_max(i_sub(rounded, i_all(2)), i_all(1)), i_all(254));
+  vi field = i_max(i_sub(rounded, i_all(2)), i_all(1));
   if (search == NYB_ABSMAX) return field;
   vi top = i_min(i_add(field, i_all(1)), i_all(253));
   vf unit = from_bits(i_left(i_sub(i_all(254), top), 23)); /* 1 / scale of `top` */
@@ -263,6 +263,13 @@ FN void NAME(load_blocks)(const void *source, int dtype, int block, vf *x) {
   for (int i = 0; i < block; i++) x[i] = gather((const float *)source + i, at);
 }
 
+/* The largest magnitude whose quotient by s rounds to zero, which is s * 2^-150 rounded down: ModelOpt, and so the
+ * definition, takes the sign of the quotient, not of the weight. */
+FN vf NAME(vanishing)(vf s) {
+  vf steps = f_min(f_mul(s, f_all(0.5f)), f_all(0x1p23f)); /* of 2^-149 */
+  return f_pick(f_less(s, f_all(0x1p24f)), from_bits(to_int(steps)), f_mul(f_mul(s, f_all(0x1p-75f)), f_all(0x1p-75f)));
+}
+
 /* Quantize LANES blocks: codes (block / 2 bytes each) and one scale byte each. */
 FN void NAME(quantize_blocks)(const void *source, int dtype, int block, int search, float tensor_scale,
                               uint8_t *codes, uint8_t *scale) {
@@ -284,12 +291,13 @@ FN void NAME(quantize_blocks)(const void *source, int dtype, int block, int sear
   vf s = block == 32 ? from_bits(i_left(code, 23)) : NAME(e4m3_value)(code);
   if (block == 16 && !in_units) s = f_mul(s, f_all(tensor_scale));
 
+  vf negative = f_sub(f_all(0.0f), NAME(vanishing)(in_units ? f_mul(s, f_all(tensor_scale)) : s));
   int32_t words[4][LANES], scales[LANES];
   for (int w = 0; w < block / 8; w++) {
     vi word = i_all(0);
     for (int i = 7; i >= 0; i--) {
       vi e2m1 = NAME(e2m1_codes)(magnitude[8 * w + i], s, few_bits && in_units);
-      vi sign = i_pick(f_less(x[8 * w + i], f_all(0.0f)), i_all(8), i_all(0)); /* -0 loses its sign, as in ModelOpt */
+      vi sign = i_pick(f_less(x[8 * w + i], negative), i_all(8), i_all(0)); /* -0 has none */
       word = i_or(i_left(word, 4), i_or(e2m1, sign));
     }
     i_store(words[w], word);

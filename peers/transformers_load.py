@@ -1,14 +1,15 @@
 """Load a checkpoint with transformers and say what it made of it.
 
-    transformers_load.py CKPT [--ids 1,2,3 | --ids FILE] [--dump OUT.safetensors] [--as-stored]
+    transformers_load.py CKPT... [--ids 1,2,3 | --ids FILE] [--dump OUT] [--as-stored]
 
 Runs in the environment compressed-tensors. A compressed-tensors checkpoint is dequantised while
 loading or, with --as-stored (transformers' default), in the first forward pass; then it needs ids.
 transformers does not know ModelOpt's, so those fail here. Known defects of 5.23: dequantised while
 loading, routed experts in NVFP4 lose their weight_global_scale, silently, and all dense layers of a
-mixed checkpoint are read with one config group, which stops it. Prints one JSON line: missing and
-unexpected keys, and for the ids the mean negative log-likelihood, the greedy next token and a
-digest of the float32 logits. `--dump` writes the effective weights under the model's own names.
+mixed checkpoint are read with one config group, which stops it. Prints one JSON line per checkpoint:
+missing and unexpected keys, and for the ids the mean negative log-likelihood, the greedy next token
+and a digest of the float32 logits. `--dump` writes the effective weights under the model's own
+names to OUT/NAME.safetensors, NAME as the folder CKPT.
 """
 
 import argparse
@@ -98,22 +99,28 @@ def inspect(
     return row
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint")
-    parser.add_argument("--ids", type=read_ids, default=[])
-    parser.add_argument("--dump", type=Path)
-    parser.add_argument("--as-stored", action="store_true")
-    options = parser.parse_args()
-    row: dict[str, object] = {"tool": "transformers"}
+def run(checkpoint: str, options: argparse.Namespace) -> dict[str, object]:
+    row: dict[str, object] = {"tool": "transformers", "checkpoint": checkpoint}
+    dump = options.dump and options.dump / f"{Path(checkpoint).name}.safetensors"
     try:
         with redirect_stdout(sys.stderr):
-            row |= inspect(options.checkpoint, options.ids, options.dump, options.as_stored)
+            row |= inspect(checkpoint, options.ids, dump, options.as_stored)
     except Exception as error:
         traceback.print_exc()
         row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}
     sys.stdout.write(json.dumps(row) + "\n")
-    return 0 if row["ok"] else 1
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoints", nargs="+")
+    parser.add_argument("--ids", type=read_ids, default=[])
+    parser.add_argument("--dump", type=Path)
+    parser.add_argument("--as-stored", action="store_true")
+    options = parser.parse_args()
+    rows = [run(checkpoint, options) for checkpoint in options.checkpoints]
+    return 0 if all(row["ok"] for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def read_ids(text: str) -> list[int]:
 
 
 def methods_of(model: object) -> dict[str, str]:
-    """Module path to 'Method' or 'Method/Scheme', where vLLM gave a quantisation method."""
+    """Module path to 'Method', 'Method/Scheme' or either with '/W4A16', where vLLM gave a method."""
     found = {}
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
@@ -44,8 +44,15 @@ def methods_of(model: object) -> dict[str, str]:
             continue
         scheme = getattr(module, "scheme", None)
         names = [type(method).__name__] + ([type(scheme).__name__] if scheme is not None else [])
+        names += ["W4A16"] if is_weight_only(method) or is_weight_only(scheme) else []
         found[name] = "/".join(names)
     return found
+
+
+def is_weight_only(method: object) -> bool:
+    """Whether an NVFP4 method leaves activations alone; the class is the same as with them quantised."""
+    spec = getattr(method, "spec", None)
+    return getattr(method, "use_a16", False) or (spec is not None and spec.activation is None)
 
 
 def by_pattern(methods: dict[str, str]) -> dict[str, dict[str, int]]:

@@ -207,8 +207,9 @@ def _values(name: str, shape: Sequence[int], seed: int) -> NDArray[np.float32]:
     x = rng.standard_normal(shape, dtype=np.float32)
     if "norm" in name or name.endswith("A_log"):
         return 1 + x / 4
-    # Rows and members of very different sizes: a scale taken from the wrong one shows.
+    # Rows and tensors of very different sizes: a scale taken from the wrong one shows.
     sizes = np.float32(0.02) * 2 ** rng.uniform(-3, 3, shape[:-1]).astype(np.float32)
+    sizes *= np.float32(2 ** rng.uniform(-3, 3))
     return x * sizes[..., None] if x.ndim > 1 else x * np.float32(0.02)
 
 

@@ -8,8 +8,14 @@ to stderr; results go to stdout.
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+
+#: A wait without progress of its own is told of after this long, and as often.
+TELL_EVERY_S = 2.0
 
 
 class Progress:
@@ -21,9 +27,6 @@ class Progress:
 
     def advance(self, n_bytes: int, note: str = "") -> None:
         """Count n_bytes as done; `note` names what was done last."""
-
-    def say(self, line: str) -> None:
-        """A line that stays on the screen."""
 
     def __enter__(self) -> Progress:
         return self
@@ -61,12 +64,6 @@ class Display(Progress):
         if time.monotonic() - self.shown >= self.every_s or self.done >= self.total:
             self._show(note)
 
-    def say(self, line: str) -> None:
-        """A line of its own."""
-        self._end_line()
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
-
     def _show(self, note: str) -> None:
         self.shown = now = time.monotonic()
         elapsed = max(now - self.started, 1e-9)
@@ -97,3 +94,23 @@ class Display(Progress):
     ) -> None:
         """Leave the cursor on a fresh line."""
         self._end_line()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say every two seconds on stderr that something without progress of its own still goes on."""
+    over = threading.Event()
+    started = time.monotonic()
+
+    def tell() -> None:
+        while not over.wait(TELL_EVERY_S):
+            sys.stderr.write(f"{what}: {time.monotonic() - started:.0f} s\n")
+            sys.stderr.flush()
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()

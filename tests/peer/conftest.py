@@ -67,6 +67,7 @@ EXPERTS = {
     "norm_topk_prob": True,
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
+    "shared_expert_intermediate_size": None,  # vLLM builds a shared expert where it finds the key
 }
 DELTA = {
     "num_hidden_layers": 4,

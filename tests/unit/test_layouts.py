@@ -159,6 +159,8 @@ def test_fp8_scales_are_rounded_before_they_make_codes(scheme: str) -> None:
     assert np.array_equal(COMPRESSED.load(scale, stored).reshape(scale.shape), rounded)
     powers = np.float32([2.0**-116, 2.0**-9, 1, 2.0**100])
     assert np.array_equal(COMPRESSED.round_scales(powers), powers)
+    # Less than BF16 can hold: those weights are zeros in FP8 at any scale, and a scale of 0 would be refused.
+    assert np.array_equal(COMPRESSED.round_scales(np.float32([1e-42, 2.0**-133])), [1, 2.0**-133])
 
 
 # ------------------------------------------------------------------------------------- documents

@@ -10,6 +10,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
-
 from nybble.api.plan import LAYOUTS, as_json, data_free_form, plan, totals
 from nybble.checkpoint.reader import Checkpoint
 from nybble.errors import FormatError, ModelError, NybbleError, RecipeError
@@ -65,29 +65,27 @@ def refused(kind: type[NybbleError], path: Path, *rules: str, **options: Any) ->
 
 
 @pytest.mark.parametrize("data", ["none", "sparse"])
-def test_the_published_mix_of_the_35b_to_the_byte(
-    headers: Callable[..., Path], data: str
-) -> None:
+def test_the_published_mix_of_the_35b_to_the_byte(headers: Callable[..., Path], data: str) -> None:
     """The release's 23,407,580,856 less one residual input_scale of 4 bytes for each of its 30,841 W4A16 modules."""
     found = plan(headers(A35, data), "nvfp4")
     sums = totals(found)
-    assert sums["source_tensors"] == 1045
-    assert sums["source_bytes"] == 71_903_645_408
-    assert sums["bytes"] == 23_407_457_492 == 23_407_580_856 - 4 * 30_841
-    assert sums["tensors"] == 124_468 - 30_841
-    assert sums["parameters"] == 35_951_822_704
-    assert sums["active_parameters"] == 2_946_429_568
-    assert sums["hub_parameters"] == 18_683_860_336
+    assert sums.source_tensors == 1045
+    assert sums.source_bytes == 71_903_645_408
+    assert sums.bytes == 23_407_457_492 == 23_407_580_856 - 4 * 30_841
+    assert sums.tensors == 124_468 - 30_841
+    assert sums.parameters == 35_951_822_704
+    assert sums.active_parameters == 2_946_429_568
+    assert sums.hub_parameters == 18_683_860_336
     assert found.notes == ()
 
 
 def test_the_published_mix_of_the_27b_to_the_byte(headers: Callable[..., Path]) -> None:
     sums = totals(plan(headers(B27), "nvfp4"))
-    assert sums["source_bytes"] == 55_562_855_904
-    assert sums["bytes"] == 21_921_427_300 == 21_921_428_072 - 4 * 193
-    assert sums["tensors"] == 2_194 - 193
-    assert sums["parameters"] == 27_781_427_952
-    assert sums["hub_parameters"] == 18_164_649_200
+    assert sums.source_bytes == 55_562_855_904
+    assert sums.bytes == 21_921_427_300 == 21_921_428_072 - 4 * 193
+    assert sums.tensors == 2_194 - 193
+    assert sums.parameters == 27_781_427_952
+    assert sums.hub_parameters == 18_164_649_200
 
 
 def test_active_parameters_of_the_35b_are_the_trunk_with_eight_of_its_experts(
@@ -97,10 +95,12 @@ def test_active_parameters_of_the_35b_are_the_trunk_with_eight_of_its_experts(
     h, vocab = 2048, 248_320
     attention = h * (8192 + 512 + 512) + 4096 * h + 2 * 256
     delta = h * (8192 + 4096 + 32 + 32) + 4096 * h + 8192 * 4 + 32 + 32 + 128
-    layer = 8 * 3 * 512 * h + 3 * 512 * h + h + EXPERTS * h + 2 * h  # experts, shared, gate, router, norms
+    layer = (
+        8 * 3 * 512 * h + 3 * 512 * h + h + EXPERTS * h + 2 * h
+    )  # experts, shared, gate, router, norms
     expected = LAYERS * layer + ATTENTION * attention + DELTA * delta + h + vocab * h
     assert expected == 2_946_429_568
-    assert totals(plan(headers(A35), "nvfp4"))["active_parameters"] == expected
+    assert totals(plan(headers(A35), "nvfp4")).active_parameters == expected
 
 
 def test_the_data_free_form_keeps_the_static_fp8_roles_in_bf16(
@@ -116,7 +116,7 @@ def test_the_data_free_form_keeps_the_static_fp8_roles_in_bf16(
     assert free.payload_bytes == plan(headers(A35), "nvfp4", data_free=True).payload_bytes
     document = as_json(found, free)
     assert document["needs_data"] is True
-    assert document["data_free"] == totals(free)
+    assert document["data_free"] == asdict(totals(free))
     kept = {r.role: r for r in free.rows if not r.scheme.weight}
     assert kept["attention"].bytes == kept["attention"].source_bytes
     assert data_free_form(plan(headers(A35), "nvfp4-w4a4")) is None
@@ -189,9 +189,7 @@ def test_every_tensor_is_taken_once_and_every_byte_is_in_a_row(
 
 def test_fused_groups_are_those_of_the_engines(headers: Callable[..., Path]) -> None:
     found = plan(headers(A35), "nvfp4-all")
-    endings = Counter(
-        tuple(m.module.rpartition(".")[2] for m in job.members) for job in found.jobs
-    )
+    endings = Counter(tuple(m.module.rpartition(".")[2] for m in job.members) for job in found.jobs)
     assert endings == {
         ("gate_proj", "up_proj"): (EXPERTS + 1) * LAYERS,
         ("down_proj",): (EXPERTS + 1) * LAYERS,
@@ -469,9 +467,7 @@ def test_k_that_does_not_divide_into_blocks_says_what_to_do(
     assert "model.layers.0.mlp.down_proj.weight" in said
     assert f"multiple of {multiple}, found {k}" in said
     assert "leave this module in BF16 or use an FP8 scheme" in said
-    fp8 = plan_of(
-        path, 'roles = ["mlp"]\nscheme = "fp8-dynamic"', layout="compressed-tensors"
-    )
+    fp8 = plan_of(path, 'roles = ["mlp"]\nscheme = "fp8-dynamic"', layout="compressed-tensors")
     assert len(fp8.jobs) == 4
 
 
@@ -509,9 +505,7 @@ def test_a_leftover_section_over_plain_weights_is_a_note(tmp_path: Path) -> None
     assert "replaced" in note
 
 
-@pytest.mark.parametrize(
-    ("recipe", "scheme"), [("fp8", "fp8-dynamic"), ("mxfp4", "mxfp4-w4a16")]
-)
+@pytest.mark.parametrize(("recipe", "scheme"), [("fp8", "fp8-dynamic"), ("mxfp4", "mxfp4-w4a16")])
 def test_modelopt_refuses_what_engines_would_read_as_bf16(
     tmp_path: Path, recipe: str, scheme: str
 ) -> None:

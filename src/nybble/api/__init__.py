@@ -1,1 +1,1 @@
-"""The commands as Python functions. The only place that joins packages which may not see each other."""
+"""The commands as functions: the one place that joins packages which may not see each other."""

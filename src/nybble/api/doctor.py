@@ -94,8 +94,12 @@ def doctor() -> Environment:
         settings={k: v for k, v in sorted(os.environ.items()) if k.startswith("NYBBLE_")},
         advice=(),
     )
-    found = [*_kernel_advice(facts), *_resource_advice(facts), *_package_advice(facts)]
-    return replace(facts, advice=tuple(found))
+    return replace(facts, advice=advise(facts))
+
+
+def advise(facts: Environment) -> tuple[str, ...]:
+    """A line for each thing that is missing: what it costs, and what to do."""
+    return (*_kernel_advice(facts), *_resource_advice(facts), *_package_advice(facts))
 
 
 def _kernels() -> tuple[str, str, Path | None]:

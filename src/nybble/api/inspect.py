@@ -252,10 +252,11 @@ def _notes(
     if total is not None and total != payload:
         yield f"{INDEX} says total_size {total}, the tensors take {payload} bytes"
     if declaration.kv_cache and not contents.kv_scales:
-        yield (
-            f"the KV cache is declared {declaration.kv_cache} without scale tensors: "
-            "engines take 1.0"
-        )
+        if declaration.layout == "compressed-tensors":
+            what = "readers of this layout expect them in the file"
+        else:
+            what = "engines take 1.0"
+        yield f"the KV cache is declared {declaration.kv_cache} without scale tensors: {what}"
     text = config.get("text_config")
     layers = (text if isinstance(text, Mapping) else config).get("mtp_num_hidden_layers")
     if layers and mtp is None:

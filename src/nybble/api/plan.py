@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -67,9 +67,9 @@ def as_json(found: Plan, data_free: Plan | None) -> dict[str, object]:
         "model_type": found.family.model_type,
         "recipe": found.recipe.name,
         "layout": found.layout.name,
-        **totals(found),
+        **asdict(totals(found)),
         "needs_data": found.recipe.needs_data,
-        "data_free": None if data_free is None or data_free is found else totals(data_free),
+        "data_free": None if data_free is None or data_free is found else asdict(totals(data_free)),
         "rows": [
             {
                 **{k: v for k, v in asdict(row).items() if k != "scheme"},
@@ -84,33 +84,55 @@ def as_json(found: Plan, data_free: Plan | None) -> dict[str, object]:
     }
 
 
-def totals(found: Plan) -> dict[str, object]:
-    """The sums of a plan."""
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The sums of a plan. `bytes_per_token` is what one decoded token reads of the weights."""
+
+    source_tensors: int
+    tensors: int
+    parameters: int
+    active_parameters: int
+    source_bytes: int
+    bytes: int
+    ratio: float
+    bits_per_weight: float
+    bytes_per_token: int
+    source_bytes_per_token: int
+    hub_parameters: int
+
+
+def totals(found: Plan) -> Totals:
+    """Sum up a plan."""
     source = sum(row.source_bytes for row in found.rows)
     parameters = sum(row.parameters for row in found.rows)
-    return {
-        "source_tensors": len(found.checkpoint.tensors),
-        "tensors": len(found.copies)
-        + sum(len(found.leaves(j.scheme, m.shape)) for j in found.jobs for m in j.members),
-        "parameters": parameters,
-        "active_parameters": sum(row.active for row in found.rows),
-        "source_bytes": source,
-        "bytes": found.payload_bytes,
-        "ratio": source / found.payload_bytes,
-        "bits_per_weight": 8 * found.payload_bytes / parameters,
-        "bytes_per_token": sum(row.active_bytes for row in found.rows),
-        "source_bytes_per_token": active_source_bytes(found),
-        "hub_parameters": found.stored_parameters,
-    }
-
-
-def active_source_bytes(found: Plan) -> int:
-    """Bytes of the source that one decoded token reads."""
-    return sum(
+    quantized = sum(len(found.leaves(j.scheme, m.shape)) for j in found.jobs for m in j.members)
+    active_source = sum(
         round(row.source_bytes * row.active / row.parameters)
         for row in found.rows
         if row.parameters
     )
+    return Totals(
+        source_tensors=len(found.checkpoint.tensors),
+        tensors=len(found.copies) + quantized,
+        parameters=parameters,
+        active_parameters=sum(row.active for row in found.rows),
+        source_bytes=source,
+        bytes=found.payload_bytes,
+        ratio=source / found.payload_bytes,
+        bits_per_weight=8 * found.payload_bytes / parameters,
+        bytes_per_token=sum(row.active_bytes for row in found.rows),
+        source_bytes_per_token=active_source,
+        hub_parameters=found.stored_parameters,
+    )
 
 
-__all__ = ["LAYOUTS", "Plan", "as_json", "data_free_form", "find_layout", "plan", "totals"]
+__all__ = [
+    "LAYOUTS",
+    "Plan",
+    "Totals",
+    "as_json",
+    "data_free_form",
+    "find_layout",
+    "plan",
+    "totals",
+]

@@ -4,7 +4,7 @@ it."""
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Result:
             "recipe": self.plan.recipe.name,
             "layout": self.plan.layout.name,
             "search": self.search,
-            **totals(self.plan),
+            **asdict(totals(self.plan)),
             "notes": list(self.plan.notes),
             "seconds": self.seconds,
             "audit_seconds": self.audit_seconds,
@@ -102,6 +102,7 @@ def quantize(
     threads = jobs or default_threads()
     chosen = (load_recipe(recipe) if isinstance(recipe, str) else recipe).without_data()
     target = Path(out)
+    _refuse_inside(Path(model), target)
     with Checkpoint.open(Path(model), headers_only=dry_run) as checkpoint:
         if not dry_run and not all(shard.has_data for shard in checkpoint.shards):
             raise CheckpointError(
@@ -126,4 +127,12 @@ def quantize(
             time.process_time() - cpu,
             str(choose()),
             threads,
+        )
+
+
+def _refuse_inside(model: Path, out: Path) -> None:
+    """The source's side files are copied, those of subfolders too: the output would copy itself."""
+    if model.resolve() in out.resolve().parents:
+        raise CheckpointError(
+            f"{out}: lies inside the source folder {model}; name a folder outside of it"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import inf, log10
+from math import inf, isfinite, log10
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,9 @@ class Audit:
 
 
 def decibel(energy: float, error: float) -> float:
-    """10 log10(energy / error); infinite without error."""
+    """10 log10(energy / error); infinite without error, minus infinity where it is not finite."""
+    if not isfinite(error):
+        return -inf
     return 10 * log10(energy / error) if error > 0 and energy > 0 else inf
 
 
@@ -135,6 +137,8 @@ def _check_jobs(
             row.modules += 1
             row.error += error
             row.energy += energy
+            if not isfinite(error):
+                found.problems.append(f"{member.module}: decodes to values that are not finite")
             db = decibel(energy, error)
             if db < row.worst_db:
                 row.worst_db, row.worst_module = db, member.module

@@ -65,8 +65,10 @@ class CompressedTensors:
         return tuple(leaves)
 
     def round_scales(self, scales: F32Array) -> F32Array:
-        """FP8 scales are stored as BF16; powers of two stay what they are."""
-        return scales.astype(ml_dtypes.bfloat16).astype(np.float32)
+        """FP8 scales are stored as BF16; powers of two stay what they are. What BF16 rounds to zero becomes 1:
+        such weights are zeros in FP8, whatever the scale."""
+        rounded = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
+        return np.where(rounded > 0, rounded, np.float32(1))
 
     def store(self, leaf: Leaf, value: F32Array) -> NDArray[np.generic]:
         """NVFP4 tensor scales become divisors, exactly where they are powers of two; FP8 scales BF16."""
@@ -79,7 +81,8 @@ class CompressedTensors:
         """Divisors become multipliers; [1] becomes 0-d."""
         value = stored.astype(np.float32)
         if leaf.dtype != "BF16":
-            value = np.float32(1) / value
+            with np.errstate(divide="ignore"):  # a divisor of 0: the audit names it
+                value = np.float32(1) / value
         return value.reshape(()) if value.size == 1 else value
 
     def documents(self, config: Mapping[str, object], listing: Listing) -> dict[str, bytes]:
@@ -97,20 +100,13 @@ class CompressedTensors:
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": patterns.ignored(),
-            "kv_cache_scheme": _KV_FP8 if listing.kv_cache else None,
+            # Readers of this container make k_scale and v_scale of every declared KV cache and expect them in the file:
+            # without them transformers computes with whatever was in memory. None are measured here.
+            "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "version": VERSION,
         }
         return {"config.json": dump({**config, "quantization_config": section})}
-
-
-_KV_FP8: dict[str, object] = {
-    "num_bits": 8,
-    "type": "float",
-    "strategy": "tensor",
-    "symmetric": True,
-    "dynamic": False,
-}
 
 
 class _Patterns:
@@ -174,10 +170,13 @@ def _modules(name: str, expert_modules: Mapping[str, Sequence[str]]) -> list[str
 
 
 def _pattern(module: str) -> str:
-    """A module's path with numbers generalised, from `layers` on; the path itself where there is no number."""
+    """A module's path with numbers generalised, from `layers` on; the path itself where there is no number.
+
+    A name without a dot is an expression too: vLLM renames dotted names only, and calls lm_head language_model.lm_head.
+    """
     at = module.find("layers.")
     if at < 0:
-        return module
+        return module if "." in module else f"re:.*{re.escape(module)}$"
     return "re:.*" + re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module[at:])) + "$"
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import nybble
-from nybble.cli import doctor, inspect, kernels, plan, quantize
+from nybble.cli import diff, doctor, inspect, kernels, plan, quantize
 from nybble.errors import NybbleError
 
 app = typer.Typer(
@@ -25,8 +25,12 @@ app = typer.Typer(
 app.command("plan")(plan.command)
 app.command("quantize")(quantize.command)
 app.command("inspect")(inspect.command)
+app.command("diff")(diff.command)
 app.command("doctor")(doctor.command)
 app.add_typer(kernels.app, name="kernels")
+
+
+INTERRUPTED = 130
 
 
 def _version(value: bool) -> None:
@@ -48,13 +52,14 @@ def _options(
 def main() -> None:
     """Run the command line. Errors become one line on stderr and the exit code of their kind."""
     try:
-        app()
+        app(prog_name="nybble")  # also under `python -m`
     except NybbleError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; what is written stays, --resume continues\n")
-        sys.exit(130)
+    except SystemExit as done:
+        if done.code == INTERRUPTED:  # typer's answer to Ctrl-C
+            sys.stderr.write("interrupted; what is written stays, --resume continues\n")
+        raise
     except BrokenPipeError:  # `nybble ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def command(json: JsonFlag = False, output_format: OutputFormat = "text") -> None:
     """Describe this machine as nybble sees it, to paste into a report."""
     from nybble.api.doctor import doctor
-    from nybble.cli.kernels import waiting
     from nybble.cli.output import write_json
+    from nybble.progress import waiting
 
     as_json = wants_json(json, output_format)
     with waiting("compiling the kernels, once"):

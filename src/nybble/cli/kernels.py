@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from nybble.cli.output import JsonFlag, OutputFormat, wants_json
-
-#: A wait is told of after this long, and as often.
-TELL_EVERY_S = 2.0
 
 app = typer.Typer(
     help="The compiled kernels: build them ahead of their first use.", no_args_is_help=True
@@ -39,6 +33,7 @@ def build(
     from nybble.errors import KernelUnavailable
     from nybble.kernels.build import build as build_library
     from nybble.kernels.dispatch import machine_isas
+    from nybble.progress import waiting
 
     started = time.perf_counter()
     with waiting("compiling the kernels"):
@@ -63,23 +58,3 @@ def build(
         f"{path}\n{origin}; {found['bytes']:,} bytes, {found['seconds']:.1f} s; "
         f"usable here: {', '.join(sets)}\n"
     )
-
-
-@contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Say every two seconds on stderr that something without progress of its own still goes on."""
-    over = threading.Event()
-    started = time.monotonic()
-
-    def tell() -> None:
-        while not over.wait(TELL_EVERY_S):
-            sys.stderr.write(f"{what}: {time.monotonic() - started:.0f} s\n")
-            sys.stderr.flush()
-
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        over.set()
-        teller.join()

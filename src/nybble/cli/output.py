@@ -6,6 +6,7 @@ import json as json_module
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -55,10 +56,30 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[in
     return "\n".join(lines)
 
 
+def labelled(label: str, text: str) -> str:
+    """A label and its text, wrapped to 100 columns with the text aligned."""
+    return textwrap.fill(
+        text,
+        100,
+        initial_indent=f"{label:<13}",
+        subsequent_indent=" " * 13,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
 def gib(n: int) -> str:
     """Bytes in GiB, with as many digits as small numbers need."""
     value = n / 2**30
     return f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def amount(n: int) -> str:
+    """Bytes with their unit: 1.88 GiB, 5.86 MiB, 412 B."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n} B"
 
 
 def billions(n: int) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def command(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     recipe: RecipeName = "nvfp4",
     layout: LayoutName = "modelopt",
     search: Annotated[
@@ -43,12 +43,16 @@ def command(
     from nybble.api.quantize import quantize
     from nybble.cli.output import parse_bytes, write_json
     from nybble.formats.search import SEARCHES
-    from nybble.progress import Display
+    from nybble.kernels.dispatch import choose
+    from nybble.progress import Display, waiting
 
     if search not in SEARCHES:
         raise typer.BadParameter(
             f"{search!r}; choose one of {', '.join(SEARCHES)}", param_hint="--search"
         )
+    is_json, shard_bytes = wants_json(json, output_format), parse_bytes(shard_size)
+    with waiting("compiling the kernels, once"):
+        choose()
     with Display() as progress:
         result = quantize(
             model,
@@ -57,28 +61,29 @@ def command(
             layout=layout,
             search=search,
             jobs=jobs,
-            shard_size=parse_bytes(shard_size),
+            shard_size=shard_bytes,
             dry_run=dry_run,
             resume=resume,
             generic=generic,
             progress=progress,
         )
-    if wants_json(json, output_format):
+    if is_json:
         write_json(result.as_json())
     else:
         sys.stdout.write(render(result))
 
 
 def render(result: Result) -> str:
-    """Before and after, and what the audit found."""
-    from nybble.cli.output import gib, table
+    """The plan, and what the audit found of it."""
+    from nybble.cli.output import amount, labelled, table
     from nybble.cli.plan import render as render_plan
 
     text = render_plan(result.plan, result.plan)
     checked = result.audit
     if checked is None:
-        return text + f"dry run      nothing written to {result.out}\n"
+        return text + labelled("dry run", f"nothing written to {result.out}") + "\n"
     source = sum(row.source_bytes for row in result.plan.rows)
+    head = ["role", "scheme", "modules", "SQNR dB", "worst", "in module"]
     rows = [
         [
             e.role,
@@ -91,24 +96,24 @@ def render(result: Result) -> str:
         for e in checked.errors
     ]
     copied = ", ".join(f"{role} {n:,}" for role, n in sorted(checked.copied_by_role.items()))
-    return text + "\n".join(
-        [
-            "",
-            f"{result.out}: written and opened again",
-            table(
-                ["role", "scheme", "modules", "SQNR dB", "worst", "in module"],
-                rows,
-                right=(2, 3, 4),
-            ),
-            f"verified     {checked.tensors:,} tensors, {checked.payload_bytes:,} bytes as "
-            f"planned; scales finite and positive; {checked.sqnr_db:.2f} dB over all quantized "
-            f"weights ({result.search})",
-            f"identical    {checked.copied:,} copied tensors byte for byte: {copied}",
-            f"size         {gib(source)} GiB -> {gib(checked.payload_bytes)} GiB",
-            f"time         {result.seconds:.1f} s to quantize "
+    lines = [
+        "",
+        f"{result.out}: written and opened again",
+        table(head, rows, right=(2, 3, 4)),
+        labelled(
+            "verified",
+            f"{checked.tensors:,} tensors, {checked.payload_bytes:,} bytes as planned; scales "
+            f"finite and positive; {checked.sqnr_db:.2f} dB over all quantized weights "
+            f"({result.search})",
+        ),
+        labelled("identical", f"{checked.copied:,} copied tensors byte for byte: {copied}"),
+        labelled("size", f"{amount(source)} -> {amount(checked.payload_bytes)}"),
+        labelled(
+            "time",
+            f"{result.seconds:.1f} s to quantize "
             f"({source / max(result.seconds, 1e-9) / 1e9:.2f} GB/s of source), "
             f"{result.audit_seconds:.1f} s to verify, {result.cpu_seconds:.1f} CPU s; "
             f"{result.kernels}, {result.threads} threads",
-            "",
-        ]
-    )
+        ),
+    ]
+    return text + "\n".join(lines) + "\n"

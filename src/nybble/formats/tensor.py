@@ -51,9 +51,9 @@ class BlockScaledTensor:
         return values * self.tensor_scale[..., None, None]
 
     def dequantize(self) -> F32Array:
-        """The float32 weight [..., N, K]."""
-        codes = unpack_nibbles(self.codes) if self.format.is_packed else self.codes
-        return decode(codes, self.format.element) * expand(self.scales(), self.format, self.shape)
+        """The float32 weight [..., N, K]; a file's NaN scales and overflows show as NaN and inf."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.code_values() * expand(self.scales(), self.format, self.shape)
 
     def code_values(self) -> F32Array:
         """The float32 values of the codes alone, [..., N, K]."""

@@ -252,19 +252,21 @@ def _downgrades(
         if rule.wanted is None:
             continue
         now = wanted = 0
+        roles: dict[str, None] = {}  # those that this checkpoint has, in order
         for name, claimed in claims.items():
             if claimed is None or claimed.claim.role not in rule.roles:
                 continue
             tensor = tensors[name]
             for _, m in _members(claimed, tensor) if claimed.claim.is_linear else ():
                 if rule.matches(claimed.claim.role, m.module):
+                    roles[claimed.claim.role] = None
                     leaves = layout.leaves(rule.scheme, m.shape) if rule.scheme.weight else ()
                     plain = m.shape[0] * m.shape[1] * tensor.nbytes // tensor.size
                     now += sum(leaf.nbytes for leaf in leaves) or plain
                     wanted += sum(leaf.nbytes for leaf in layout.leaves(rule.wanted, m.shape))
         kept = "stay as they are" if rule.scheme.weight is None else f"become {rule.scheme}"
         notes.append(
-            f"{', '.join(rule.roles)} {kept}: {now:,} bytes instead of {wanted:,} as {rule.wanted}, "
+            f"{', '.join(roles)} {kept}: {now:,} bytes instead of {wanted:,} as {rule.wanted}, "
             "whose input scales must be measured with calibration data; this run has none"
         )
     return notes

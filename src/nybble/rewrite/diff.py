@@ -285,6 +285,7 @@ class _Comparison:
             return None
         self.pair(a, b)
         self.whole += 1
+        self.progress.advance(a.nbytes, a.name)
         x, y = self.multipliers(a, self.a), self.multipliers(b, self.b)
         return Count(int(np.count_nonzero(x != y)), a.size, a.size)
 
@@ -294,6 +295,7 @@ class _Comparison:
             return None
         self.pair(a, b)
         self.whole += 1
+        self.progress.advance(a.nbytes, a.name)
         x, y = self.multipliers(a, self.a), self.multipliers(b, self.b)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 1.0, y / x)
@@ -322,6 +324,7 @@ class _Comparison:
         size = round(a.nbytes * per_byte)
         if (a.file, b.file) in self.same_files and a.offset == b.offset:
             self.whole += 1
+            self.progress.advance(a.nbytes, a.name)
             return Count(0, size, size)
         ranges = self.ranges(a.nbytes)
         different, compared = 0, sum(stop - start for start, stop in ranges)
@@ -331,8 +334,8 @@ class _Comparison:
             samples = (_read(c.path, t, ranges) for c, t in ((self.a, a), (self.b, b)))
             for x, y in zip(*samples, strict=True):
                 different += _unequal(x, y, a.dtype, is_packed)
+            self.progress.advance(a.nbytes, a.name)
         self.read_bytes += compared
-        self.progress.advance(a.nbytes - compared, a.name)
         self.whole += compared == a.nbytes
         self.sampled += compared != a.nbytes
         return Count(different, round(compared * per_byte), size)
@@ -461,11 +464,8 @@ class _Texts:
 
 def _side_files(checkpoint: Checkpoint) -> list[str]:
     names = [n for n in checkpoint.side_files() if n not in _TEMPLATE_FILES]
-    if checkpoint.config:
-        names.append("config.json")
-    if (checkpoint.path / CONFIG_FILE).exists():
-        names.append(CONFIG_FILE)
-    return names
+    rewritten = ("config.json", CONFIG_FILE)
+    return [*names, *(n for n in rewritten if (checkpoint.path / n).exists())]
 
 
 def _same_bytes(a: Path, b: Path) -> bool:

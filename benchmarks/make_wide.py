@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from nybble.checkpoint.disk import Disk
-from nybble.checkpoint.reader import TensorSpec
+from nybble.checkpoint.safetensors import TensorSpec
 from nybble.checkpoint.writer import CheckpointWriter, layout_shards
 
 ROOT = Path(__file__).resolve().parents[1]

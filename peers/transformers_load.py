@@ -4,12 +4,12 @@
 
 Runs in the environment compressed-tensors. A compressed-tensors checkpoint is dequantised while
 loading or, with --as-stored (transformers' default), in the first forward pass; then it needs ids.
-transformers does not know ModelOpt's, so those fail here. Known defects of 5.23: dequantised while
-loading, routed experts in NVFP4 lose their weight_global_scale, silently, and all dense layers of a
-mixed checkpoint are read with one config group, which stops it. Prints one JSON line per checkpoint:
-missing and unexpected keys, and for the ids the mean negative log-likelihood, the greedy next token
-and a digest of the float32 logits. `--dump` writes the effective weights under the model's own
-names to OUT/NAME.safetensors, NAME as the folder CKPT.
+transformers does not know ModelOpt's, so those fail here. Known defects of 5.23: routed experts in
+NVFP4 lose their weight_global_scale, silently; and when dequantising while loading, all dense
+layers of a mixed checkpoint are read with one config group, which stops it. Prints one JSON line
+per checkpoint: missing and unexpected keys, and for the ids the mean negative log-likelihood, the
+greedy next token and a digest of the float32 logits. `--dump` writes the effective weights under
+the model's own names to OUT/NAME.safetensors, NAME as the folder CKPT.
 """
 
 import argparse

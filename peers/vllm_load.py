@@ -36,7 +36,7 @@ def read_ids(text: str) -> list[int]:
 
 
 def methods_of(model: object) -> dict[str, str]:
-    """Module path to 'Method', 'Method/Scheme' or either with '/W4A16', where vLLM gave a method."""
+    """Module path to 'Method' or 'Method/Scheme', with '/W4A16' if so, where vLLM gave a method."""
     found = {}
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
@@ -50,7 +50,7 @@ def methods_of(model: object) -> dict[str, str]:
 
 
 def is_weight_only(method: object) -> bool:
-    """Whether an NVFP4 method leaves activations alone; the class is the same as with them quantised."""
+    """Whether an NVFP4 method leaves activations alone; its class is the same either way."""
     spec = getattr(method, "spec", None)
     return getattr(method, "use_a16", False) or (spec is not None and spec.activation is None)
 

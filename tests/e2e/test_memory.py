@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,6 @@ from nybble.api.quantize import quantize
 from nybble.formats.element import U8Array
 
 LIMIT = 10**9
-#: What a run has on top of Python, numpy and the C library: three tile buffers and some tables.
-WORKING_BYTES = 200 << 20
 
 LIMITED_RUN = """
 import json, resource, sys, threading, time
@@ -105,7 +105,7 @@ def big(**changed: Any) -> dict[str, Any]:
         "moe_intermediate_size": 256,
         "shared_expert_intermediate_size": 256,
         "mtp_num_hidden_layers": 0,
-        "vocab_size": 100_000,
+        "vocab_size": 20_000,
     }
     return tiny.config("qwen3_5_moe", **(sizes | changed))
 
@@ -116,38 +116,42 @@ BLOCK_RULE = (
 )
 
 
-@pytest.mark.slow
+@pytest.fixture
+def room(tmp_path: Path) -> Iterator[Path]:
+    """A folder that goes at once: pytest keeps its own for three runs, and these are gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("recipe", "layout"),
     [
-        ("nvfp4-all", "modelopt"),
-        ("fp8", "compressed-tensors"),
-        ("mxfp4", "compressed-tensors"),
-        (BLOCK_RULE, "compressed-tensors"),
+        pytest.param("nvfp4-all", "modelopt", id="nvfp4-all"),
+        pytest.param("fp8", "compressed-tensors", id="fp8", marks=pytest.mark.slow),
+        pytest.param("mxfp4", "compressed-tensors", id="mxfp4", marks=pytest.mark.slow),
+        pytest.param(BLOCK_RULE, "compressed-tensors", id="fp8-block", marks=pytest.mark.slow),
     ],
-    ids=["nvfp4-all", "fp8", "mxfp4", "fp8-block"],
 )
 def test_a_stack_of_512_experts_needs_less_than_a_gigabyte(
-    tmp_path: Path, recipe: str, layout: str, capsys: pytest.CaptureFixture[str]
+    room: Path, recipe: str, layout: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source_bytes = write_patterned(tmp_path / "m", big())
-    assert source_bytes > 2 * LIMIT
-    found = limited(tmp_path / "m", tmp_path / "out", recipe, layout)
+    source_bytes = write_patterned(room / "m", big())
+    assert source_bytes > 1.7 * LIMIT
+    found = limited(room / "m", room / "out", recipe, layout)
     with capsys.disabled():
         sys.stdout.write(
             f"\n{recipe[:20]!r}: {source_bytes / 1e9:.2f} GB of weights, peak private memory "
             f"{found['peak'] / 1e6:.0f} MB ({found['before'] / 1e6:.0f} MB before), {found['seconds']:.1f} s\n"
         )
-    assert found["peak"] < LIMIT
+    assert found["peak"] < LIMIT / 4
 
 
-def test_the_limit_holds_for_a_source_of_several_tiles(tmp_path: Path) -> None:
-    source_bytes = write_patterned(
-        tmp_path / "m", big(num_experts=64, vocab_size=20_000, moe_intermediate_size=384)
-    )
-    assert source_bytes > 2 * WORKING_BYTES
-    found = limited(tmp_path / "m", tmp_path / "out", "nvfp4-all")
-    assert found["peak"] - found["before"] < WORKING_BYTES
+@pytest.mark.slow
+def test_one_matrix_of_a_gigabyte_needs_no_more(room: Path) -> None:
+    """A head of 250,000 rows: tiles are rows of it."""
+    write_patterned(room / "m", big(num_experts=2, vocab_size=250_000))
+    found = limited(room / "m", room / "out", "nvfp4-all")
+    assert found["peak"] < LIMIT / 4
 
 
 def test_the_limit_is_a_limit(tmp_path: Path) -> None:

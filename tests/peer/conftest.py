@@ -1,183 +1,28 @@
-"""Fixtures of the peer tests: models, what nybble makes of them, and other projects' loaders as subprocesses.
-
-Every peer has an environment of its own (`scripts/peers`), reached through the runners in `peers/`; nothing of theirs is
-imported here. A test whose environment is absent is skipped and says how to install it.
-"""
+"""Fixtures of the peer tests: every model, checkpoint and reference is made once a session."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import ml_dtypes
-import numpy as np
 import pytest
-from numpy.typing import NDArray
+from peer_harness import Made, Make, Peer, make_model, recipe_of, run_peer
 
 from nybble.api.quantize import quantize
-from nybble.checkpoint.reader import Checkpoint
-from nybble.formats.tensor import BlockScaledTensor
-from nybble.plan.plan import Job, Member, Plan
-from nybble.plan.recipe import Recipe, load_recipe, parse_recipe
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-
-import tiny  # noqa: E402
-
-GGUF = Path.home() / ".cache" / "nybble" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-CHAT = ROOT / "models" / "hybrid-chat-mtp"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-
-MIXED = """
-[[rule]]
-roles = ["routed_expert", "shared_expert", "mlp"]
-scheme = "nvfp4-w4a16"
-
-[[rule]]
-roles = ["attention", "linear_attention"]
-scheme = "fp8-dynamic"
-"""
-
-# What engines accept: heads of 64, every K a multiple of 64 (llama.cpp's NVFP4 blocks), and otherwise all different.
-ENGINE_SIZED = {
-    "hidden_size": 192,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "intermediate_size": 320,
-    "vocab_size": 4096,  # of the chat model's tokenizer
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-}
-EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 128,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "shared_expert_intermediate_size": None,  # vLLM builds a shared expert where it finds the key
-}
-DELTA = {
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
-    "full_attention_interval": 4,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 64,
-    "linear_value_head_dim": 64,
-    "partial_rotary_factor": 0.25,
-    "rope_parameters": {
-        "mrope_interleaved": True,
-        "mrope_section": [3, 3, 2],
-        "partial_rotary_factor": 0.25,
-        "rope_theta": 10000.0,
-        "rope_type": "default",
-    },
-}
-
-
-def script(folder: str, name: str) -> ModuleType:
-    """A file outside the package, as a module."""
-    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-# --- peers
-
-
-@cache
-def interpreter(name: str) -> str:
-    """The Python of a peer's environment; "" if it is not installed."""
-    asked = [str(ROOT / "scripts" / "peers"), "python", name]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def need(name: str) -> str:
-    """The Python of a peer's environment, or skip."""
-    python = interpreter(name)
-    if not python:
-        pytest.skip(f"no environment for this peer: scripts/peers install {name}")
-    return python
-
-
-def run_peer(name: str, runner: str, *arguments: object) -> list[dict[str, Any]]:
-    """The JSON lines that peers/RUNNER.py prints; each row has the end of stderr under "stderr"."""
-    command = [need(name), str(ROOT / "peers" / f"{runner}.py"), *map(str, arguments)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    environment["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"tool"')]
-    assert rows, f"{runner} printed no result: {done.stderr[-3000:]}"
-    return [row | {"stderr": done.stderr[-8000:]} for row in rows]
-
-
-Peer = Callable[..., list[dict[str, Any]]]
+ByName = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
 def peer() -> Peer:
-    """Call a runner: peer(NAME, RUNNER, *ARGUMENTS) -> its rows."""
+    """Call a runner: peer(ENVIRONMENT, RUNNER, *ARGUMENTS) -> its rows."""
     return run_peer
 
 
-# --- models
-
-
-def make_model(name: str, folder: Path) -> Path:
-    """A model folder by name: one of the repository's, SmolLM2, or a random one of a family."""
-    if (ROOT / "models" / name).is_dir():
-        return ROOT / "models" / name
-    if name == "smollm2":
-        pytest.importorskip("gguf", reason="SmolLM2 comes as GGUF: pip install 'nybble[gguf]'")
-        if not GGUF.exists():
-            pytest.skip(f"{GGUF} is not there; scripts/demo downloads it")
-        script("examples", "smollm2").convert(GGUF, folder)
-        return folder
-    changed: dict[str, Any] = dict(ENGINE_SIZED)
-    if name == "qwen3_moe":
-        changed |= EXPERTS
-    if name == "qwen3_5":
-        changed |= DELTA
-    if name == "qwen2":
-        changed |= {"tie_word_embeddings": True}
-    config = tiny.config(name, **changed)
-    values = tiny.tensors(config)
-    if name == "qwen3_5":
-        make_vlm = script("models", "make_vlm")
-        config |= {k: v for k, v in make_vlm.VISION_TOKENS.items()}
-        config["vision_config"] = make_vlm.vision_config(ENGINE_SIZED["hidden_size"])
-        config["vision_config"]["model_type"] = "qwen3_5"
-        values |= make_vlm.vision_tensors(config["vision_config"])
-    tiny.write(folder, config, values)
-    for file in TOKENIZER:
-        shutil.copyfile(CHAT / file, folder / file)
-    (folder / "generation_config.json").write_text("{}")  # tiny's own would ask engines to sample
-    return folder
-
-
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A model folder by name, made once."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> ByName:
+    """A model folder by name."""
 
     @cache
     def get(name: str) -> Path:
@@ -187,8 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def ids(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A file with the token ids of story.txt (over 600) for a model's own tokenizer."""
+def ids(model: ByName, tmp_path_factory: pytest.TempPathFactory) -> ByName:
+    """By model: a file with the ids of story.txt (over 600) in the model's own tokenizer."""
     text = Path(__file__).with_name("story.txt").read_text("utf-8")
 
     @cache
@@ -202,94 +47,13 @@ def ids(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) 
     return get
 
 
-# --- what nybble makes of them
-
-
-@dataclass(frozen=True)
-class Made:
-    """A checkpoint that nybble wrote."""
-
-    path: Path
-    plan: Plan
-
-    @cached_property
-    def weights(self) -> dict[str, NDArray[np.float32]]:
-        """Every quantized weight by module, decoded from the file with nybble's definition of the format."""
-        with Checkpoint.open(self.path) as stored:
-            return {
-                member.module: self._decode(stored, job, member)
-                for job in self.plan.jobs
-                for member in job.members
-            }
-
-    def _decode(self, stored: Checkpoint, job: Job, member: Member) -> NDArray[np.float32]:
-        fmt = job.scheme.weight
-        assert fmt is not None
-        raw, tensor_scale = {}, None
-        for leaf in self.plan.leaves(job.scheme, member.shape):
-            array = stored.array(f"{member.module}.{leaf.suffix}")
-            if leaf.part == "tensor_scale":
-                tensor_scale = self.plan.layout.load(leaf, array)
-            else:
-                raw[leaf.part] = np.array(array).view(np.uint8)
-        if "scale" in raw:
-            scale = raw["scale"]
-        else:  # FP8: the float32 scales are the only ones
-            assert tensor_scale is not None
-            scale, tensor_scale = tensor_scale.reshape(fmt.scale_shape(member.shape)), None
-        return BlockScaledTensor(fmt, member.shape, raw["codes"], scale, tensor_scale).dequantize()
-
-    @property
-    def copied(self) -> list[str]:
-        """The names of the tensors that went over byte for byte."""
-        return [copy.tensor.name for copy in self.plan.copies]
-
-
-def recipe_of(name: str) -> Recipe:
-    """A recipe of the package, or the mixed one above."""
-    return parse_recipe("mixed", MIXED) if name == "mixed" else load_recipe(name)
-
-
-Make = Callable[[str, str, str], Made]
-
-
 @pytest.fixture(scope="session")
-def make(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Quantize a model by name with a recipe into a layout, once each."""
+def make(model: ByName, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Quantize a model with a recipe into a layout, all by name."""
 
     @cache
     def get(name: str, recipe: str, layout: str) -> Made:
         out = tmp_path_factory.mktemp("made") / f"{name}-{recipe}-{layout}"
-        result = quantize(model(name), out, recipe_of(recipe), layout=layout)
-        return Made(out, result.plan)
-
-    return get
-
-
-@pytest.fixture(scope="session")
-def dense(make: Make, model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """The unquantized model whose weights are what a quantized one decodes to: a reference without rounding error.
-
-    NVFP4 with a power-of-two tensor scale and MXFP4 are exact in BF16; FP8 per channel is rounded once.
-    """
-
-    @cache
-    def get(name: str, recipe: str, layout: str) -> Made:
-        made = make(name, recipe, layout)
-        out = tmp_path_factory.mktemp("dense") / made.path.name
-        shutil.copytree(model(name), out, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
-        values: dict[str, NDArray[Any]] = {}
-        with Checkpoint.open(model(name)) as source:
-            for tensor, members in made.plan.by_source.items():
-                stack = np.array(source.array(tensor))
-                for _, member in members:
-                    decoded = made.weights[member.module].astype(ml_dtypes.bfloat16)
-                    rows = stack if member.expert is None else stack[member.expert]
-                    rows[member.first_row : member.first_row + member.shape[0]] = decoded
-                values[tensor] = stack
-            for tensor in made.copied:
-                values[tensor] = np.array(source.array(tensor))
-        tiny.write_safetensors(out / "model.safetensors", values)
-        return Made(out, made.plan)
+        return Made(out, quantize(model(name), out, recipe_of(recipe), layout=layout).plan)
 
     return get

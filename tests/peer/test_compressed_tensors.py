@@ -1,21 +1,19 @@
-"""compressed-tensors' own decompressor on nybble's output: same modules, same weights, in three versions of it.
+"""compressed-tensors' own decompressor on nybble's output: the same modules and the same weights.
 
-The versions are those that engines use: 0.20 (transformers), 0.19 (llm-compressor), 0.17 (vLLM). Each parses the
-configuration with its own strict model and matches targets and ignores itself.
+In the three versions that engines use: 0.20 (transformers), 0.19 (llm-compressor), 0.17 (vLLM).
+Each parses the configuration with its own strict model and matches targets and ignores itself.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-from conftest import Make, Peer, need
 from numpy.typing import NDArray
+from peer_harness import Make, Peer, need, rounded
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.peer
@@ -38,46 +36,46 @@ FORMATS = {
     "mxfp4": {"mxfp4-pack-quantized"},
     "mixed": {"float-quantized", "nvfp4-pack-quantized"},
 }
-CASES = [(model, recipe) for model in MODELS for recipe in FORMATS]
+CASES = [(name, recipe) for name in MODELS for recipe in FORMATS]
 
-Decompressed = tuple[dict[str, Any], Path]
+Row = dict[str, Any]
 
 
 @pytest.fixture(scope="module", params=ENVIRONMENTS)
 def decompressed(
     request: pytest.FixtureRequest, peer: Peer, make: Make, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict[str, Decompressed]]:
-    """The library's version and, by checkpoint name, what one process of it made of every case."""
+) -> tuple[dict[str, Row], Path]:
+    """What one process of one version makes of every case: its rows, and the folder of weights."""
     need(request.param)
     out = tmp_path_factory.mktemp("decompressed")
-    folders = [make(model, recipe, LAYOUT).path for model, recipe in CASES]
+    folders = [make(name, recipe, LAYOUT).path for name, recipe in CASES]
     rows = peer(request.param, "ct_decompress", out, *folders)
-    found = {Path(r["checkpoint"]).name: (r, out / f"{Path(r['checkpoint']).name}.safetensors") for r in rows}
-    return ENVIRONMENTS[request.param], found
+    assert {row.get("compressed_tensors") for row in rows} == {ENVIRONMENTS[request.param]}, rows[0]
+    return {Path(row["checkpoint"]).name: row for row in rows}, out
 
 
-@pytest.mark.parametrize(("model", "recipe"), CASES)
+@pytest.mark.parametrize(("name", "recipe"), CASES)
 def test_the_library_decodes_what_nybble_decodes(
-    decompressed: tuple[str, dict[str, Decompressed]], make: Make, model: str, recipe: str
+    decompressed: tuple[dict[str, Row], Path], make: Make, name: str, recipe: str
 ) -> None:
-    version, found = decompressed
-    made = make(model, recipe, LAYOUT)
-    row, file = found[made.path.name]
-    assert row["ok"], row  # also: no module unclaimed, none claimed that is dense
-    assert row["compressed_tensors"] == version
+    rows, out = decompressed
+    made = make(name, recipe, LAYOUT)
+    row = rows[made.path.name]
+    assert row["ok"], row  # no quantized module unclaimed, no dense one claimed
     formats = row["formats_stated_and_inferred"]
     assert all(stated == inferred for stated, inferred in formats)
     assert {stated for stated, _ in formats} == FORMATS[recipe]
-    theirs = load_file(file)
+    theirs = load_file(out / f"{made.path.name}.safetensors")
     assert theirs.keys() == {f"{module}.weight" for module in made.weights}
     different = [m for m, ours in made.weights.items() if not is_equal(ours, theirs[f"{m}.weight"])]
     assert different == []
 
 
 def is_equal(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> bool:
-    """Bitwise, after the rounding to BF16 in which the library emits weights (NVFP4 and MXFP4 lose nothing by it)."""
-    rounded = ours.astype(ml_dtypes.bfloat16).astype(np.float32)
-    return np.array_equal(rounded.view(np.uint32), theirs.view(np.uint32))
+    """Bitwise, after the rounding to BF16 in which the library emits every weight."""
+    return np.array_equal(
+        rounded(ours).view(np.uint16), rounded(theirs).view(np.uint16)
+    ) and np.array_equal(rounded(theirs).astype(np.float32), theirs)
 
 
 def test_a_configuration_that_forgets_or_overreaches_is_noticed(
@@ -85,19 +83,16 @@ def test_a_configuration_that_forgets_or_overreaches_is_noticed(
 ) -> None:
     """The comparison above would be empty if the runner could not fail."""
     source = make("qwen3", "mixed", LAYOUT).path
-    for name, old, new in (
-        ("forgets", r".*layers\\.\\d+\\.mlp\\.up_proj$", r".*layers\\.0\\.mlp\\.up_proj$"),
-        ("overreaches", r".*layers\\.\\d+\\.mlp\\.up_proj$", r".*layers\\.\\d+\\.(mlp\\.up_proj|input_layernorm)$"),
-    ):
+    rule = r".*layers\\.\\d+\\.mlp\\.up_proj$"
+    changed = {
+        "forgets": rule.replace("d+", "b0", 1).replace(r"\\b", ""),
+        "overreaches": rule.replace(r"mlp\\.up_proj", r"(mlp\\.up_proj|input_layernorm)"),
+    }
+    text = (source / "config.json").read_text("utf-8")
+    assert text.count(rule) == 1
+    for name, other in changed.items():
         shutil.copytree(source, tmp_path / name)
-        text = (source / "config.json").read_text("utf-8")
-        assert old in text
-        (tmp_path / name / "config.json").write_text(text.replace(old, new), "utf-8")
-        json.loads((tmp_path / name / "config.json").read_text("utf-8"))
-    out = tmp_path / "out"
-    out.mkdir()
-    forgets, overreaches = peer(
-        "compressed-tensors", "ct_decompress", out, tmp_path / "forgets", tmp_path / "overreaches"
-    )
-    assert forgets["unclaimed"] == ["model.layers.1.mlp.up_proj"]
-    assert overreaches["claimed_but_dense"] == [f"model.layers.{i}.input_layernorm" for i in (0, 1)]
+        (tmp_path / name / "config.json").write_text(text.replace(rule, other), "utf-8")
+    rows = peer("compressed-tensors", "ct_decompress", tmp_path, *(tmp_path / n for n in changed))
+    assert rows[0]["unclaimed"] == ["model.layers.1.mlp.up_proj"]
+    assert rows[1]["claimed_but_dense"] == [f"model.layers.{i}.input_layernorm" for i in (0, 1)]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from nybble.checkpoint.disk import Disk
-from nybble.checkpoint.reader import DTYPES, Checkpoint, TensorSpec, parse_header
+from nybble.checkpoint.reader import Checkpoint
+from nybble.checkpoint.safetensors import DTYPES, TensorSpec, parse_header
 from nybble.checkpoint.writer import CheckpointWriter, layout_shards
 from nybble.errors import CheckpointError
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from nybble.checkpoint.disk import Disk
-from nybble.checkpoint.reader import Checkpoint, TensorSpec
+from nybble.checkpoint.reader import Checkpoint
+from nybble.checkpoint.safetensors import TensorSpec
 from nybble.checkpoint.writer import JOURNAL, CheckpointWriter, layout_shards, partial_folder
 from nybble.errors import CheckpointError
 from nybble.quantize.journal import Journal

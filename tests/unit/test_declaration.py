@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from nybble.checkpoint.compressed_tensors import CompressedTensors
-from nybble.checkpoint.declaration import Declaration, declaration_of, read_declaration
+from nybble.checkpoint.declaration import Declaration
+from nybble.checkpoint.dialects import declaration_of, read_declaration
 from nybble.checkpoint.layout import Layout, Listing
 from nybble.checkpoint.modelopt import ModelOpt
 from nybble.checkpoint.reader import Checkpoint

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from nybble.api.diff import Count, Difference, Retyped, diff
-from nybble.checkpoint.reader import DTYPES, INDEX
+from nybble.checkpoint.reader import INDEX
+from nybble.checkpoint.safetensors import DTYPES
 from nybble.cli import diff as cli
 from nybble.errors import CheckpointError
 from nybble.progress import Progress
-from nybble.rewrite import diff as rewrite
+from nybble.rewrite import diff_tensors
 
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 E4M3, BF16 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16)
@@ -150,7 +151,7 @@ def test_a_large_tensor_is_sampled_and_deep_reads_all_of_it(tmp_path: Path) -> N
 
 
 def test_what_is_read_whole_has_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rewrite, "BUDGET_BYTES", 100_000)
+    monkeypatch.setattr(diff_tensors, "BUDGET_BYTES", 100_000)
     tensors = {name: random((60_000,), np.dtype(np.uint8)) for name in "abc"}
     found = two(tmp_path, tensors, tensors)
     assert (found.compared_whole, found.sampled) == (1, 2)

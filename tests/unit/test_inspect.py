@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from nybble.api.inspect import Inspection, Row, inspect
 from nybble.check.contents import Kind
-from nybble.checkpoint.reader import INDEX, WIDTHS, Checkpoint
+from nybble.checkpoint.reader import INDEX, Checkpoint
+from nybble.checkpoint.safetensors import WIDTHS
 from nybble.cli import inspect as cli
 
 TESTS = Path(__file__).resolve().parents[1]

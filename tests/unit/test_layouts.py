@@ -526,12 +526,13 @@ def test_no_field_is_unknown_to_the_readers_and_every_group_is_a_preset(
 
 
 @pytest.mark.parametrize("case", compressed_cases(), ids="-".join)
-def test_the_kv_cache_is_declared_where_the_recipe_asks_for_it(
+def test_no_kv_cache_is_declared_without_scales_and_the_plan_says_so(
     plans: dict[str, Any], case: Case
 ) -> None:
-    section, _ = sections(plan_of(plans, *case))
-    declared = {"num_bits": 8, "strategy": "tensor", "dynamic": False, **FLOAT}
-    assert section["kv_cache_scheme"] == (declared if case[1] == "nvfp4" else None)
+    made = plan_of(plans, *case)
+    section, _ = sections(made)
+    assert section["kv_cache_scheme"] is None
+    assert any("KV cache" in note for note in made.notes) == bool(made.recipe.kv_cache)
 
 
 def names_in_vllm(module: str) -> str:

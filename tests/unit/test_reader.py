@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nybble.checkpoint import reader
-from nybble.checkpoint.reader import DTYPES, INDEX, Checkpoint, TensorInfo, TensorSpec
+from nybble.checkpoint import reader, safetensors
+from nybble.checkpoint.reader import INDEX, Checkpoint
+from nybble.checkpoint.safetensors import DTYPES, TensorInfo, TensorSpec
 from nybble.errors import CheckpointError
 
 
@@ -455,11 +456,12 @@ def test_side_files_may_not_lead_out(tmp_path: Path, is_folder: bool) -> None:
 
 
 def test_json_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "HEADER_LIMIT", 100)
+    for module in (reader, safetensors):
+        monkeypatch.setattr(module, "HEADER_LIMIT", 100)
     write(tmp_path, {"model.safetensors": one(), "config.json": {"a": "x" * 100}})
     assert "at most 100" in refusal(tmp_path)
     with pytest.raises(CheckpointError, match="at most 100"):
-        reader.parse_json(b" " * 101, "here")
+        safetensors.parse_json(b" " * 101, "here")
 
 
 Fault = Callable[..., object]

@@ -14,7 +14,8 @@ import pytest
 from nybble.checkpoint import disk as disk_module
 from nybble.checkpoint import writer as writer_module
 from nybble.checkpoint.disk import Disk
-from nybble.checkpoint.reader import INDEX, Checkpoint, TensorSpec
+from nybble.checkpoint.reader import INDEX, Checkpoint
+from nybble.checkpoint.safetensors import TensorSpec
 from nybble.checkpoint.writer import (
     JOURNAL,
     CheckpointWriter,

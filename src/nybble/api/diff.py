@@ -7,16 +7,9 @@ from pathlib import Path
 
 from nybble.checkpoint.reader import Checkpoint
 from nybble.progress import Progress
-from nybble.rewrite.diff import (
-    Count,
-    Difference,
-    ModuleValues,
-    Retyped,
-    Setting,
-    Template,
-    Values,
-    compare,
-)
+from nybble.rewrite.diff import Difference, compare
+from nybble.rewrite.diff_tensors import Count, ModuleValues, Retyped, Values
+from nybble.rewrite.diff_texts import Setting, Template
 
 
 def diff(

@@ -10,8 +10,10 @@ from os import PathLike
 from pathlib import Path
 
 from nybble.check.contents import INPUT_SCALES, Contents, Module, declared_json, read_contents
-from nybble.checkpoint.declaration import Declaration, Declared, declaration_of
-from nybble.checkpoint.reader import INDEX, Checkpoint, TensorInfo
+from nybble.checkpoint.declaration import Declaration, Declared
+from nybble.checkpoint.dialects import declaration_of
+from nybble.checkpoint.reader import INDEX, Checkpoint
+from nybble.checkpoint.safetensors import TensorInfo
 from nybble.families import ROLES
 
 _is_mtp = re.compile(r"(^|\.)(mtp|nextn)").search

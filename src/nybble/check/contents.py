@@ -17,7 +17,8 @@ from functools import cached_property
 from math import prod
 
 from nybble.checkpoint.declaration import Declaration, Declared
-from nybble.checkpoint.reader import WIDTHS, Checkpoint, TensorInfo, collector_paused
+from nybble.checkpoint.reader import Checkpoint
+from nybble.checkpoint.safetensors import WIDTHS, TensorInfo, collector_paused
 from nybble.errors import ModelError
 from nybble.families import Family, find_family
 from nybble.formats.block import FP8_BLOCK, Shape

@@ -1,7 +1,8 @@
-"""The compressed-tensors container: NVFP4 tensor scales are divisors of shape [1], FP8 scales are BF16.
+"""The compressed-tensors container: NVFP4 tensor scales are divisors of shape [1], FP8 scales are
+BF16.
 
-One config group per scheme; `format` is that of the group, and `mixed-precision` where there are several. Source:
-docs/layouts.md; fields beyond those written here are rejected by its readers.
+One config group per scheme; `format` is that of the group, and `mixed-precision` where there are
+several. Source: docs/layouts.md; fields beyond those written here are rejected by its readers.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ class CompressedTensors:
     """See the module."""
 
     name: str = "compressed-tensors"
+    # Readers make k_scale and v_scale of every declared KV cache and expect them in the file:
+    # without them transformers computes with whatever was in memory.
+    declares_kv_cache: bool = False
 
     def refusal(self, schemes: Sequence[Scheme]) -> str:
         """Every scheme has a spelling here."""
         return ""
 
     def leaves(self, scheme: Scheme, shape: Shape) -> tuple[Leaf, ...]:
-        """weight_packed or weight, weight_scale, weight_global_scale (NVFP4), the input's scale where it has one."""
+        """weight_packed or weight, weight_scale, weight_global_scale (NVFP4), the input's scale
+        where it has one."""
         fmt = scheme.weight
         if fmt is None:
             raise RecipeError(f"{scheme} has no tensors of its own")
@@ -65,13 +70,14 @@ class CompressedTensors:
         return tuple(leaves)
 
     def round_scales(self, scales: F32Array) -> F32Array:
-        """FP8 scales are stored as BF16; powers of two stay what they are. What BF16 rounds to zero becomes 1:
-        such weights are zeros in FP8, whatever the scale."""
+        """FP8 scales are stored as BF16; powers of two stay what they are. What BF16 rounds to zero
+        becomes 1: such weights are zeros in FP8, whatever the scale."""
         rounded = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
         return np.where(rounded > 0, rounded, np.float32(1))
 
     def store(self, leaf: Leaf, value: F32Array) -> NDArray[np.generic]:
-        """NVFP4 tensor scales become divisors, exactly where they are powers of two; FP8 scales BF16."""
+        """NVFP4 tensor scales become divisors, exactly where they are powers of two; FP8 scales
+        BF16."""
         value = np.asarray(value, dtype=np.float32).reshape(leaf.shape)
         if leaf.dtype == "BF16":
             return value.astype(ml_dtypes.bfloat16)
@@ -100,8 +106,6 @@ class CompressedTensors:
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": patterns.ignored(),
-            # Readers of this container make k_scale and v_scale of every declared KV cache and expect them in the file:
-            # without them transformers computes with whatever was in memory. None are measured here.
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "version": VERSION,
@@ -112,9 +116,9 @@ class CompressedTensors:
 class _Patterns:
     """Short rules that say exactly which modules have which scheme.
 
-    Modules that differ only in numbers share a pattern, `re:.*layers\\.\\d+\\.mlp\\.up_proj$`. A pattern is used where
-    all modules it covers have one scheme, exact names otherwise. Expressions start with `.*`: engines match them
-    against their own paths, whose prefixes differ.
+    Modules that differ only in numbers share a pattern, `re:.*layers\\.\\d+\\.mlp\\.up_proj$`. A
+    pattern is used where all modules it covers have one scheme, exact names otherwise. Expressions
+    start with `.*`: engines match them against their own paths, whose prefixes differ.
     """
 
     def __init__(self, listing: Listing) -> None:
@@ -170,9 +174,11 @@ def _modules(name: str, expert_modules: Mapping[str, Sequence[str]]) -> list[str
 
 
 def _pattern(module: str) -> str:
-    """A module's path with numbers generalised, from `layers` on; the path itself where there is no number.
+    """A module's path with numbers generalised, from `layers` on; the path itself where there is no
+    number.
 
-    A name without a dot is an expression too: vLLM renames dotted names only, and calls lm_head language_model.lm_head.
+    A name without a dot is an expression too: vLLM renames dotted names only, and calls lm_head
+    language_model.lm_head.
     """
     at = module.find("layers.")
     if at < 0:

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.checkpoint.reader import TensorSpec
+from nybble.checkpoint.safetensors import TensorSpec
 from nybble.formats.block import Shape
 from nybble.formats.element import F32Array
 from nybble.formats.scheme import Scheme
@@ -71,6 +71,11 @@ class Layout(Protocol):
     @property
     def name(self) -> str:
         """The word on the command line."""
+        ...
+
+    @property
+    def declares_kv_cache(self) -> bool:
+        """Whether a KV cache format may be declared without scale tensors beside it."""
         ...
 
     def refusal(self, schemes: Sequence[Scheme]) -> str:

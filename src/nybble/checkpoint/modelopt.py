@@ -36,6 +36,7 @@ class ModelOpt:
     """See the module."""
 
     name: str = "modelopt"
+    declares_kv_cache: bool = True  # published files do; engines cast with scale 1.0
 
     def refusal(self, schemes: Sequence[Scheme]) -> str:
         """Schemes outside `ALGORITHMS` have no spelling that engines read per layer."""

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.checkpoint.disk import Disk
-from nybble.checkpoint.reader import (
+from nybble.checkpoint.reader import INDEX
+from nybble.checkpoint.safetensors import (
     HEADER_LIMIT,
-    INDEX,
     NAME_LIMIT,
     WIDTHS,
     TensorInfo,

@@ -43,11 +43,12 @@ SEARCHES: tuple[Search, ...] = get_args(Search)
 
 #: The tensor scale maps the largest element to 6 * 256 at most: its block may grow by 448 / 256.
 TOP_BLOCK_SCALE = 256.0
-#: Power-of-two tensor scales are no smaller, so that products with scales and codes are normal.
-MIN_TENSOR_SCALE = 2.0**-116
+#: Power-of-two tensor scales stay in here, so that products with scales and codes are normal floats.
+MIN_TENSOR_SCALE, MAX_TENSOR_SCALE = 2.0**-116, 2.0**116
 
 _ZERO_BLOCK = 0x38  # E4M3 1.0, as ModelOpt writes for a block of zeros
 _MX_ZERO_BLOCK = 127  # E8M0 1.0
+_MX_MAX = 252  # 6 * 2^125 is a finite float32, 4 * 2^126 is not
 
 
 def power_of_two_at_least(x: F32Array) -> F32Array:
@@ -68,7 +69,7 @@ def tensor_scale(amax: F32Array | np.float32, fmt: BlockFormat, search: Search) 
         scale = np.asarray(amax / most, dtype=np.float32)
     else:
         reach = np.float32(E2M1.max * TOP_BLOCK_SCALE) if fmt is NVFP4 else most
-        least = np.maximum(amax / reach, np.float32(MIN_TENSOR_SCALE))
+        least = np.clip(amax / reach, MIN_TENSOR_SCALE, MAX_TENSOR_SCALE)
         scale = power_of_two_at_least(np.asarray(least, dtype=np.float32))
     return np.where((scale > 0) & (amax > 0), scale, np.float32(1))
 
@@ -178,9 +179,9 @@ def _mx_scale(blocks: F32Array, search: Search) -> U8Array:
     magnitude = np.abs(blocks)
     amax = magnitude.max(axis=1)
     field = ((amax.view(np.uint32) + np.uint32(0x00200000)) >> 23).astype(np.int64) - 2
-    field = np.maximum(field, 1)
+    field = np.clip(field, 1, _MX_MAX)
     if search == "mse":
-        top = np.minimum(field + 1, 253)
+        top = np.minimum(field + 1, _MX_MAX)
         x = magnitude * np.ldexp(np.float32(1), 127 - top).astype(np.float32)[:, None]
         best = np.full(len(x), np.inf, dtype=np.float32)
         # Three octaves below the top the largest element is clipped to an eighth: never the best.

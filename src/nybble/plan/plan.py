@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from nybble.checkpoint.layout import Layout, Leaf, Listing
-from nybble.checkpoint.reader import Checkpoint, TensorInfo, TensorSpec, collector_paused
+from nybble.checkpoint.reader import Checkpoint
+from nybble.checkpoint.safetensors import TensorInfo, TensorSpec, collector_paused
 from nybble.errors import ModelError, RecipeError
 from nybble.families import Claimed, Dimensions, Family, find_family, generic_family
 from nybble.formats.block import Shape
@@ -236,6 +237,12 @@ def make_plan(
     if dimensions.tied and any("lm_head" in r.roles and r.scheme.weight for r in recipe.rules):
         notes.append("lm_head is tied to the embedding and stays as it is: the look-up needs it")
     notes += _downgrades(recipe, tensors, claims, layout)
+    if recipe.kv_cache and not layout.declares_kv_cache:
+        notes.append(
+            f"the {recipe.kv_cache} KV cache of the recipe is not declared: readers of "
+            f"{layout.name} expect measured scales beside it. Ask the engine for it "
+            "(vLLM: --kv-cache-dtype fp8)"
+        )
     jobs = tuple(Job(g, d.role, d.scheme, tuple(members[g])) for g, d in drafts.items())
     return Plan(checkpoint, family, dimensions, recipe, layout, jobs, tuple(copies), tuple(notes))
 

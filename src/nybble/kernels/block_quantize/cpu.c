@@ -15,6 +15,7 @@
 
 #define TILE 65536 /* elements: 128 KiB of BF16, a few tens of microseconds */
 #define NYB_MX_ZERO 127 /* a zero MXFP4 block has scale 1 */
+#define NYB_MX_MAX 252  /* 6 * 2^125 is a finite float, 4 * 2^126 is not */
 
 static inline float f16_to_float(const void *p) {
   uint16_t h;

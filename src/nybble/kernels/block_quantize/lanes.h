@@ -32,6 +32,7 @@
 #undef i_sub
 #undef i_and
 #undef i_or
+#undef i_or_where
 #undef i_max
 #undef i_min
 #undef i_less
@@ -96,6 +97,7 @@ OP(vi, i_add, (vi a, vi b), _mm512_add_epi32(a, b))
 OP(vi, i_sub, (vi a, vi b), _mm512_sub_epi32(a, b))
 OP(vi, i_and, (vi a, vi b), _mm512_and_si512(a, b))
 OP(vi, i_or, (vi a, vi b), _mm512_or_si512(a, b))
+OP(vi, i_or_where, (vm m, vi a, vi b), _mm512_mask_or_epi32(a, m, a, b))
 OP(vi, i_max, (vi a, vi b), _mm512_max_epi32(a, b))
 OP(vi, i_min, (vi a, vi b), _mm512_min_epi32(a, b))
 OP(vm, i_less, (vi a, vi b), _mm512_cmplt_epi32_mask(a, b))
@@ -131,6 +133,7 @@ OP(vi, i_add, (vi a, vi b), _mm256_add_epi32(a, b))
 OP(vi, i_sub, (vi a, vi b), _mm256_sub_epi32(a, b))
 OP(vi, i_and, (vi a, vi b), _mm256_and_si256(a, b))
 OP(vi, i_or, (vi a, vi b), _mm256_or_si256(a, b))
+OP(vi, i_or_where, (vm m, vi a, vi b), _mm256_or_si256(a, _mm256_and_si256(m, b)))
 OP(vi, i_max, (vi a, vi b), _mm256_max_epi32(a, b))
 OP(vi, i_min, (vi a, vi b), _mm256_min_epi32(a, b))
 OP(vm, i_less, (vi a, vi b), _mm256_cmpgt_epi32(b, a))
@@ -167,6 +170,7 @@ OP(vi, i_add, (vi a, vi b), (int32_t)((uint32_t)a.at[l] + (uint32_t)b.at[l]))
 OP(vi, i_sub, (vi a, vi b), (int32_t)((uint32_t)a.at[l] - (uint32_t)b.at[l]))
 OP(vi, i_and, (vi a, vi b), a.at[l] & b.at[l])
 OP(vi, i_or, (vi a, vi b), a.at[l] | b.at[l])
+OP(vi, i_or_where, (vm m, vi a, vi b), a.at[l] | (m.at[l] & b.at[l]))
 OP(vi, i_max, (vi a, vi b), a.at[l] > b.at[l] ? a.at[l] : b.at[l])
 OP(vi, i_min, (vi a, vi b), a.at[l] < b.at[l] ? a.at[l] : b.at[l])
 OP(vm, i_less, (vi a, vi b), a.at[l] < b.at[l] ? -1 : 0)
@@ -209,6 +213,7 @@ OP(vf, f_fnma, (vf a, vf b, vf c), c.at[l] - a.at[l] * b.at[l])
 #define i_sub NAME(i_sub)
 #define i_and NAME(i_and)
 #define i_or NAME(i_or)
+#define i_or_where NAME(i_or_where)
 #define i_max NAME(i_max)
 #define i_min NAME(i_min)
 #define i_less NAME(i_less)

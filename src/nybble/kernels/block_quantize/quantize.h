@@ -53,7 +53,7 @@ FN void NAME(block_errors)(const vf *x, int block, const vf *s, int candidates, 
     const __m512 high = _mm512_setr_ps(4, 4, 4, 4, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 0); /* 31: 4t - 1/2 < 0 */
     vf most[4];
     for (int c = 0; c < candidates; c++) inverse[c] = f_div(f_all(4.0f), s[c]), most[c] = f_mul(s[c], f_all(7.5f));
-    _Pragma("GCC unroll 1") for (int i = 0; i < block; i++) /* unrolled further, compilers spill */
+    _Pragma("GCC unroll 2") for (int i = 0; i < block; i++) /* unrolled further, compilers spill */
       _Pragma("GCC unroll 4") for (int c = 0; c < candidates; c++) {
         vf t = clips ? f_min(x[i], most[c]) : x[i];
         /* 2^23 - 1/2 + 4t rounds to an integer whose low five bits are the index. */
@@ -92,14 +92,15 @@ FN vf NAME(block_error)(const vf *x, int block, vf s, int few_bits) {
  * - Below s0 the largest element alone costs (amax - 6 s)^2; that grows, and ends the descent.
  * Several candidates are tried at once: independent sums hide the latency of an addition. */
 FN vi NAME(search_mse)(const vf *x, vf amax, int few_bits) {
-  vi first = NAME(e4m3_ceil)(f_div(amax, f_all(6.0f)));
-  vm short_of = f_less(f_mul(NAME(e4m3_value)(first), f_all(6.0f)), amax); /* the division rounded down */
-  first = i_min(i_pick(short_of, i_add(first, i_all(1)), first), i_all(126));
-  vf best = f_all(__builtin_inff()), s[4], e[4];
+  vf sixth = f_div(amax, f_all(6.0f)), best = f_all(__builtin_inff()), s[4], e[4];
 
-  if (!any(i_less(first, i_all(16))) && !any(i_less(i_all(119), first))) {
-    /* All candidates of all lanes are normal numbers: the next code is the next float with four significant bits. */
-    vi at = i_add(i_left(first, 20), i_all(120 << 23)), best_at = at;
+  /* Normal scales are the floats with four significant bits: the next code is the next one. */
+  vi at = i_and(i_add(bits(sixth), i_all(0xfffff)), i_all(~0xfffff)); /* the smallest not below */
+  vm short_of = f_less(f_mul(from_bits(at), f_all(6.0f)), amax); /* the division rounded down */
+  at = i_pick(short_of, i_add(at, i_all(1 << 20)), at);
+  const vi least = i_all((16 << 20) + (120 << 23)), most = i_all((119 << 20) + (120 << 23));
+  if (!any(i_less(at, least)) && !any(i_less(most, at))) { /* codes 16 to 119: an octave both ways is normal too */
+    vi best_at = at;
     for (int up = 0; up < 8; up += 4) {
       for (int c = 0; c < 4; c++) s[c] = from_bits(i_add(at, i_all((up + c) << 20)));
       NAME(block_errors)(x, 16, s, 4, few_bits, 0, e);
@@ -121,6 +122,9 @@ FN vi NAME(search_mse)(const vf *x, vf amax, int few_bits) {
     best = f_all(__builtin_inff()); /* a descent of a whole octave: adversarial blocks only */
   }
 
+  vi first = NAME(e4m3_ceil)(sixth);
+  short_of = f_less(f_mul(NAME(e4m3_value)(first), f_all(6.0f)), amax);
+  first = i_min(i_pick(short_of, i_add(first, i_all(1)), first), i_all(126));
   vi last = i_min(i_max(i_add(first, i_all(7)), i_all(15)), i_all(126));
   vi best_code = first;
   for (vi code = i_sub(first, i_all(1)); any(i_less(code, last));) {
@@ -158,15 +162,15 @@ FN vi NAME(scale_absmax)(vf amax, vf g) {
   return i_pick(f_at_most(r, f_all(0.0f)), i_all(0x38), code);
 }
 
-/* The E8M0 exponent field (1..254) of an MXFP4 block.
+/* The E8M0 exponent field (1..252) of an MXFP4 block.
  * absmax: floor(log2(amax rounded up to a power of two where its mantissa is 1.75 or more)) - 2, as both tools write.
  * mse: the best of all: from the first exponent whose grid reaches amax (a larger one is never better, as in
  * search_mse) downwards until the largest element alone costs more. Errors are in units of that first scale. */
 FN vi NAME(scale_mx)(const vf *x, vf amax, int search) {
   vi rounded = i_right(i_add(bits(amax), i_all(0x00200000)), 23);
-  vi field = i_max(i_sub(rounded, i_all(2)), i_all(1));
+  vi field = i_min(i_max(i_sub(rounded, i_all(2)), i_all(1)), i_all(NYB_MX_MAX));
   if (search == NYB_ABSMAX) return field;
-  vi top = i_min(i_add(field, i_all(1)), i_all(253));
+  vi top = i_min(i_add(field, i_all(1)), i_all(NYB_MX_MAX));
   vf unit = from_bits(i_left(i_sub(i_all(254), top), 23)); /* 1 / scale of `top` */
   vf y[32];
   for (int i = 0; i < 32; i++) y[i] = f_mul(x[i], unit);
@@ -293,21 +297,33 @@ FN void NAME(quantize_blocks)(const void *source, int dtype, int block, int sear
   vf s = block == 32 ? from_bits(i_left(code, 23)) : NAME(e4m3_value)(code);
   if (block == 16 && !in_units) s = f_mul(s, f_all(tensor_scale));
 
-  vf negative = f_sub(f_all(0.0f), NAME(vanishing)(in_units ? f_mul(s, f_all(tensor_scale)) : s));
-  int32_t words[4][LANES], scales[LANES];
+  vf negative = f_all(0.0f); /* the least value without a sign: -0 has none, and what vanishes; scales reach 448 g */
+  if (block == 32 || tensor_scale >= 0x1p-8f)
+    negative = f_sub(negative, NAME(vanishing)(in_units ? f_mul(s, f_all(tensor_scale)) : s));
+  vi words[4];
   for (int w = 0; w < block / 8; w++) {
     vi word = i_all(0);
     for (int i = 7; i >= 0; i--) {
       vi e2m1 = NAME(e2m1_codes)(magnitude[8 * w + i], s, few_bits && in_units);
-      vi sign = i_pick(f_less(x[8 * w + i], negative), i_all(8), i_all(0)); /* -0 has none */
-      word = i_or(i_left(word, 4), i_or(e2m1, sign));
+      word = i_or(i_left(word, 4), i_or_where(f_less(x[8 * w + i], negative), e2m1, i_all(8)));
     }
-    i_store(words[w], word);
+    words[w] = word;
   }
-  i_store(scales, code);
-  for (int l = 0; l < LANES; l++) {
-    scale[l] = (uint8_t)scales[l];
-    for (int w = 0; w < block / 8; w++) memcpy(codes + (l * (block / 8) + w) * 4, &words[w][l], 4);
+#if NYB_AVX512
+  _mm_storeu_si128((__m128i *)scale, _mm512_cvtepi32_epi8(code));
+  if (block == 16) { /* two words per block: interleave them */
+    const __m512i zip = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    _mm512_storeu_si512(codes, _mm512_permutex2var_epi32(words[0], zip, words[1]));
+    _mm512_storeu_si512(codes + 64, _mm512_permutex2var_epi32(words[0], i_add(zip, i_all(8)), words[1]));
+    return;
+  }
+#endif
+  int32_t lanes[LANES];
+  i_store(lanes, code);
+  for (int l = 0; l < LANES; l++) scale[l] = (uint8_t)lanes[l];
+  for (int w = 0; w < block / 8; w++) {
+    i_store(lanes, words[w]);
+    for (int l = 0; l < LANES; l++) memcpy(codes + (l * (block / 8) + w) * 4, &lanes[l], 4);
   }
 }
 

@@ -43,7 +43,7 @@ def sample():
     while running:
         peak = max(peak, status("RssAnon"))
         time.sleep(0.002)
-thread = threading.Thread(target=sample)
+thread = threading.Thread(target=sample, daemon=True)
 thread.start()
 from nybble.api.quantize import quantize
 from nybble.plan.recipe import parse_recipe

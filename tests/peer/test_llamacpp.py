@@ -107,7 +107,7 @@ class Expected:
         return f"{block}{NAMES[module]}.{leaf}"
 
     def value(self, name: str, value: Floats) -> Floats:
-        """The GGUF's values: its norms multiply by what they hold, and its heads stand otherwise."""
+        """The GGUF's values: its norms multiply by what they hold, its heads stand otherwise."""
         if name.endswith("A_log"):
             value = -np.exp(value)
         if self.is_hybrid and name.endswith("norm.weight") and ".linear_attn." not in name:
@@ -192,7 +192,7 @@ def test_every_tensor_of_the_gguf_is_ours(
     # A stack of experts is one tensor, and every quantized one has its tensor scale beside it.
     quantized = {expected.name(experts(f"{m}.weight", np.empty(0))[0][0]) for m in made.weights}
     assert row["types"]["NVFP4"] == row["scales"] == len(quantized)
-    assert {t for t in row["types"]} == {"NVFP4", "F32", "BF16"}
+    assert set(row["types"]) == {"NVFP4", "F32", "BF16"}
 
 
 @pytest.mark.parametrize("name", ["hybrid-chat-mtp", "llama"])

@@ -184,14 +184,15 @@ def test_power_of_two_tensor_scales_stay_in_range(search: Search) -> None:
     assert MIN_TENSOR_SCALE * 2.0**-9 * 0.5 >= np.finfo(np.float32).tiny
 
 
-@pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=str)
-@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize(
+    ("fmt", "search"),
+    [*((NVFP4, s) for s in SEARCHES), (MXFP4, "absmax"), (MXFP4, "mse")],
+    ids=str,
+)
 @pytest.mark.parametrize("name", HARD)
 def test_finite_weights_decode_to_finite_weights(
     fmt: BlockFormat, search: Search, name: str
 ) -> None:
-    if fmt is MXFP4 and search == "four-six":
-        pytest.skip("refused")
     x = HARD[name].reshape(2, -1)
     assert np.isfinite(quantize(x, fmt, search).dequantize()).all()
 
@@ -280,7 +281,7 @@ def test_mse_is_never_below_absmax_per_tensor_but_where_stated(name: str) -> Non
         assert gain > 0
 
 
-#: What a power of two costs against the best real tensor scale, from 2^18 weights on; measured 0.012.
+#: What a power of two costs against the best real tensor scale, from 2^18 weights on.
 #: On 2^16 weights with heavy tails the best of 16, found afterwards, can be 0.035 better.
 POWER_OF_TWO_DB = 0.02
 

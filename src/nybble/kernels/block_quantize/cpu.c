@@ -150,9 +150,7 @@ static void quantize_tile(void *context, int64_t tile) {
 static void decode_tile(void *context, int64_t tile) {
   job *j = context;
   int64_t from, to, at = find(j, tile, &from, &to);
-  float *out = j->decoded[at] + from;
-  for (int64_t i = from; i < to; i += 256, out += 256)
-    CALL(j->isa, decode_range, &j->segments[at], i, i + 256 < to ? i + 256 : to, j->format, out);
+  CALL(j->isa, decode_range, &j->segments[at], from, to, j->format, j->decoded[at] + from);
 }
 
 static void compare_tile(void *context, int64_t tile) {

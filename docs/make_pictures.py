@@ -1,6 +1,6 @@
-"""Draw docs/bytes.svg: where the bytes of Qwen3.6-35B-A3B go, before and after, from the planner itself.
+"""Draw docs/bytes.svg: the bytes of Qwen3.6-35B-A3B, before and after, from the planner itself.
 
-    python docs/make_pictures.py
+python docs/make_pictures.py
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Tiny random checkpoints of every family, and headers of the published ones: numpy only, independent of nybble.
+"""Tiny random checkpoints of every family, and headers of the published ones: numpy only,
+independent of nybble.
 
-All dimensions differ, value heads are three times the key heads, and the vocabulary is odd: equal sizes hide transposed
-weights. Every K divides by 32 unless a test asks for another one. A tensor's values depend on its name and the seed
-alone, and an expert's on its number, so stacked and per-expert forms of one model hold the same weights.
+All dimensions differ, value heads are three times the key heads, and the vocabulary is odd: equal
+sizes hide transposed weights. Every K divides by 32 unless a test asks for another one. A tensor's
+values depend on its name and the seed alone, and an expert's on its number, so stacked and per-
+expert forms of one model hold the same weights.
 """
 
 from __future__ import annotations
@@ -123,15 +125,25 @@ def config(
     }
 
 
-def listing(cfg: Mapping[str, Any], *, f32_gdn: bool = False) -> list[tuple[str, str, tuple[int, ...]]]:
+def listing(
+    cfg: Mapping[str, Any], *, f32_gdn: bool = False
+) -> list[tuple[str, str, tuple[int, ...]]]:
     """Names, dtypes and shapes in module order, experts stacked where the family stacks them."""
     family = cfg["model_type"]
     if family in HYBRIDS:
         return make_headers.checkpoint(cfg, f32_gdn=f32_gdn)  # type: ignore[no-any-return]
     dtype = make_headers.TORCH[cfg["torch_dtype"]]
-    h, d = cfg["hidden_size"], cfg.get("head_dim") or cfg["hidden_size"] // cfg["num_attention_heads"]
-    q, kv = cfg["num_attention_heads"] * d, cfg.get("num_key_value_heads", cfg["num_attention_heads"]) * d
-    found: list[tuple[str, tuple[int, ...]]] = [("model.embed_tokens.weight", (cfg["vocab_size"], h))]
+    h, d = (
+        cfg["hidden_size"],
+        cfg.get("head_dim") or cfg["hidden_size"] // cfg["num_attention_heads"],
+    )
+    q, kv = (
+        cfg["num_attention_heads"] * d,
+        cfg.get("num_key_value_heads", cfg["num_attention_heads"]) * d,
+    )
+    found: list[tuple[str, tuple[int, ...]]] = [
+        ("model.embed_tokens.weight", (cfg["vocab_size"], h))
+    ]
     for i in range(cfg["num_hidden_layers"]):
         p = f"model.layers.{i}."
         rows = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
@@ -170,7 +182,8 @@ def tensors(
     f32_gdn: bool = False,
     prefix: str = "",
 ) -> Tensors:
-    """Random values. `stacked` None: as published (qwen3_moe per expert). `prefix` replaces "model.language_model."."""
+    """Random values. `stacked` None: as published (qwen3_moe per expert). `prefix` replaces
+    "model.language_model."."""
     if stacked is None:
         stacked = cfg["model_type"] != "qwen3_moe"
     found: Tensors = {}
@@ -206,7 +219,7 @@ def _values(name: str, shape: Sequence[int], seed: int) -> NDArray[np.float32]:
     rng = np.random.default_rng([zlib.crc32(name.encode()), seed])
     x = rng.standard_normal(shape, dtype=np.float32)
     if "norm" in name or name.endswith("A_log"):
-        return 1 + x / 4
+        return np.float32(1) + x / np.float32(4)
     # Rows and tensors of very different sizes: a scale taken from the wrong one shows.
     sizes = np.float32(0.02) * 2 ** rng.uniform(-3, 3, shape[:-1]).astype(np.float32)
     sizes *= np.float32(2 ** rng.uniform(-3, 3))
@@ -216,7 +229,8 @@ def _values(name: str, shape: Sequence[int], seed: int) -> NDArray[np.float32]:
 def write(
     folder: Path, cfg: Mapping[str, Any], values: Mapping[str, NDArray[Any]], *, shards: int = 1
 ) -> Path:
-    """A checkpoint folder with its side files; the tensors stay in their order, in `shards` files."""
+    """A checkpoint folder with its side files; the tensors stay in their order, in `shards`
+    files."""
     folder.mkdir(parents=True, exist_ok=True)
     names = list(values)
     step = -(-len(names) // shards)
@@ -270,7 +284,9 @@ def checkpoint(
     folder: Path, family: str, *, shards: int = 1, seed: int = 0, **options: Any
 ) -> Path:
     """A tiny checkpoint of a family; options as for `config` and `tensors`."""
-    own = {k: options.pop(k) for k in ("stacked", "mtp_stacked", "f32_gdn", "prefix") if k in options}
+    own = {
+        k: options.pop(k) for k in ("stacked", "mtp_stacked", "f32_gdn", "prefix") if k in options
+    }
     cfg = config(family, **options)
     return write(folder, cfg, tensors(cfg, seed=seed, **own), shards=shards)
 
@@ -302,7 +318,9 @@ def array(entry: tuple[str, tuple[int, ...], bytes]) -> NDArray[Any]:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def published(
@@ -314,7 +332,11 @@ def published(
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "source_config.json"
     source.write_text(json.dumps(cfg), "utf-8")
-    found = [t for t in make_headers.checkpoint(cfg, **options) if not t[0].startswith(tuple(drop) or ("\0",))]
+    found = [
+        t
+        for t in make_headers.checkpoint(cfg, **options)
+        if not t[0].startswith(tuple(drop) or ("\0",))
+    ]
     make_headers.write(folder, make_headers.files(found, 10e9), source, [], data)
     source.unlink()
     return folder

@@ -16,10 +16,9 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
-
 import nybble
 import nybble.api.quantize as api
+import tiny
 from nybble.checkpoint.disk import Disk
 from nybble.cli import main
 
@@ -59,7 +58,12 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True, **options
+        [sys.executable, *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
     )
 
 
@@ -92,10 +96,13 @@ def test_help_lists_every_command(ask: Ask) -> None:
 
 def imported_by(code: str, *argv: str) -> list[str]:
     """Foreign packages that a piece of code has in memory when it ends."""
-    watched = "('numpy', 'ml_dtypes', 'torch', 'transformers', 'safetensors', 'rich', 'huggingface_hub')"
+    watched = (
+        "('numpy', 'ml_dtypes', 'torch', 'transformers', 'safetensors', 'rich', 'huggingface_hub')"
+    )
     script = (
         f"import sys, atexit\nsys.argv = ['nybble', *{list(argv)!r}]\n"
-        f"atexit.register(lambda: sys.stderr.write('LOADED ' + ' '.join(m for m in {watched} if m in sys.modules)))\n"
+        f"atexit.register(lambda: sys.stderr.write('LOADED ' + ' '.join(m for m in {watched} if m "
+        "in sys.modules)))\n"
         f"{code}\n"
     )
     answer = process("-c", script)
@@ -181,6 +188,13 @@ def test_text_of_a_plan_has_every_role_and_the_hub_figure(ask: Ask, model: Path)
     for row in document["rows"]:
         assert row["role"] in answer.out
     assert f"{document['bytes']:,} bytes" in answer.out
+
+
+def test_a_recipe_that_cannot_run_is_planned_and_said_to_be_so(ask: Ask, model: Path) -> None:
+    answer = ask("plan", model, "--recipe", "nvfp4-w4a4")
+    assert answer.code == 0
+    assert "cannot run: nvfp4-w4a4 quantizes activations with measured scales" in answer.out
+    assert json.loads(ask("plan", model, "-r", "nvfp4-w4a4", "--json").out)["data_free"] is None
 
 
 def test_a_dry_run_writes_nothing(ask: Ask, tmp_path: Path, model: Path) -> None:
@@ -412,7 +426,14 @@ def test_a_reader_that_leaves_early_is_no_traceback(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("500MB", 500_000_000), ("5GB", 5 * 10**9), ("1000000", 10**6), (" 1.5 kb ", 1500), ("1tb", 10**12), ("7B", 7)],
+    [
+        ("500MB", 500_000_000),
+        ("5GB", 5 * 10**9),
+        ("1000000", 10**6),
+        (" 1.5 kb ", 1500),
+        ("1tb", 10**12),
+        ("7B", 7),
+    ],
 )
 def test_sizes_are_decimal(text: str, size: int) -> None:
     from nybble.cli.output import parse_bytes

@@ -1,7 +1,7 @@
 """Private memory is bounded by the tile, not by the model.
 
-The limit is RLIMIT_DATA: the kernel refuses private writable memory above it; mapped input pages are not counted. The
-peak of RssAnon is sampled beside it and printed.
+The limit is RLIMIT_DATA: the kernel refuses private writable memory above it; mapped input pages
+are not counted. The peak of RssAnon is sampled beside it and printed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
-
 import nybble
 import nybble.quantize.run as run_module
 import nybble.quantize.tiles as tiles_module
+import tiny
 from nybble.api.quantize import quantize
 from nybble.formats.element import U8Array
 
@@ -55,7 +54,8 @@ try:
 finally:
     running = False
     thread.join()
-print(json.dumps({"peak": peak, "before": before, "bytes": result.plan.payload_bytes, "seconds": result.seconds}))
+print(json.dumps({"peak": peak, "before": before, "bytes": result.plan.payload_bytes, "seconds":
+result.seconds}))
 """
 
 
@@ -66,6 +66,7 @@ def limited(model: Path, out: Path, recipe: str, layout: str = "modelopt") -> di
         env=environment,
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert answer.returncode == 0, answer.stderr[-2000:]
     found: dict[str, Any] = json.loads(answer.stdout)
@@ -73,7 +74,8 @@ def limited(model: Path, out: Path, recipe: str, layout: str = "modelopt") -> di
 
 
 def write_patterned(folder: Path, cfg: dict[str, Any]) -> int:
-    """A checkpoint whose weights repeat a few MB of noise: gigabytes as fast as the disk takes them; its bytes."""
+    """A checkpoint whose weights repeat a few MB of noise: gigabytes as fast as the disk takes
+    them; its bytes."""
     noise = np.random.default_rng(0).standard_normal(4_000_003, dtype=np.float32) * np.float32(0.02)
     pattern = noise.astype(ml_dtypes.bfloat16).view(np.uint8)
     folder.mkdir()
@@ -97,7 +99,7 @@ def write_patterned(folder: Path, cfg: dict[str, Any]) -> int:
 
 def big(**changed: Any) -> dict[str, Any]:
     """One layer of the 397B's width in experts: 512 of them in one stack."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 2048,
         "num_hidden_layers": 1,
         "layer_types": ["linear_attention"],
@@ -141,7 +143,8 @@ def test_a_stack_of_512_experts_needs_less_than_a_gigabyte(
     with capsys.disabled():
         sys.stdout.write(
             f"\n{recipe[:20]!r}: {source_bytes / 1e9:.2f} GB of weights, peak private memory "
-            f"{found['peak'] / 1e6:.0f} MB ({found['before'] / 1e6:.0f} MB before), {found['seconds']:.1f} s\n"
+            f"{found['peak'] / 1e6:.0f} MB ({found['before'] / 1e6:.0f} MB before), "
+            f"{found['seconds']:.1f} s\n"
         )
     assert found["peak"] < LIMIT / 4
 

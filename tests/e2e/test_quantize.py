@@ -1,7 +1,8 @@
 """Whole runs: a folder goes in, a folder comes out, and its raw bytes are what the definition says.
 
-The files are read by the code of this test alone. Codes and block scales are compared with `formats.search.quantize` of
-the same source; what engines decode is checked with tables written here.
+The files are read by the code of this test alone. Codes and block scales are compared with
+`formats.search.quantize` of the same source; what engines decode is checked with tables written
+here.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ import pytest
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import tiny
-
 import nybble.api.quantize as api
 import nybble.quantize.run as run_module
 import nybble.quantize.tiles as tiles_module
+import tiny
 from nybble.api.quantize import Result, quantize
 from nybble.checkpoint.disk import Disk
 from nybble.errors import CheckFailed, CheckpointError, DoesNotFit, FormatError, RecipeError
@@ -84,9 +84,12 @@ def quantized_modules(written: Folder) -> set[str]:
 
 
 def check_module(source: Folder, written: Folder, module: str, search: Search, some: int) -> float:
-    """Hold a module's bytes against the definition, the first and last `some` rows; its SQNR in dB."""
+    """Hold a module's bytes against the definition, the first and last `some` rows; its SQNR in
+    dB."""
     x = source_matrix(source, module)
-    found = {k.removeprefix(module + "."): v for k, v in written.items() if k.startswith(module + ".")}
+    found = {
+        k.removeprefix(module + "."): v for k, v in written.items() if k.startswith(module + ".")
+    }
     codes = tiny.array(found.get("weight_packed", found.get("weight")))  # type: ignore[arg-type]
     scale = tiny.array(found["weight_scale"])
     is_packed = codes.dtype == np.uint8
@@ -121,7 +124,9 @@ def check_module(source: Folder, written: Folder, module: str, search: Search, s
         assert np.array_equal(scale, exact.astype(ml_dtypes.bfloat16))
         expected = define(x, fmt, search, scale=scale.astype(np.float32))
         size = 1 if fmt is FP8_CHANNEL else 128
-        wide = np.repeat(np.repeat(scale.astype(np.float32), size, 0), fmt.block[1] or x.shape[1], 1)
+        wide = np.repeat(
+            np.repeat(scale.astype(np.float32), size, 0), fmt.block[1] or x.shape[1], 1
+        )
         decoded = codes.astype(np.float32) * wide[: len(x), : x.shape[1]]
         rows = np.arange(len(x))
     assert codes[rows].tobytes() == expected.codes.tobytes()
@@ -290,7 +295,12 @@ def test_a_better_search_never_has_more_error(tmp_path: Path) -> None:
 def test_neither_threads_nor_tiles_nor_kernels_change_a_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tiny.checkpoint(tmp_path / "m", "qwen3_5", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    path = tiny.checkpoint(
+        tmp_path / "m",
+        "qwen3_5",
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+    )
     quantize(path, tmp_path / "one", "nvfp4-all", jobs=1)
     expected = tiny.tree(tmp_path / "one")
     for jobs in (2, 3):
@@ -381,7 +391,9 @@ def test_data_at_odd_offsets_are_read_right(tmp_path: Path) -> None:
     text = data[8 : 8 + length].rstrip() + b" " * 3
     while (len(text) + 8) % 4 == 0 or len(text) % 2 == 0:
         text += b" "
-    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    (path / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + data[8 + length :]
+    )
     quantize(path, tmp_path / "odd", "nvfp4-all")
     assert tiny.tree(tmp_path / "odd") == tiny.tree(tmp_path / "aligned")
 
@@ -587,5 +599,6 @@ def test_what_is_written_wrongly_fails_the_audit(
 
 
 def test_formats_are_all_covered_here() -> None:
-    """FP8 per tensor needs measured scales and waits for calibration; every other format ran above."""
+    """FP8 per tensor needs measured scales and waits for calibration; every other format ran
+    above."""
     assert set(FORMATS) == {"nvfp4", "mxfp4", "fp8", "fp8_channel", "fp8_block"}

@@ -208,7 +208,9 @@ class Made:
         else:  # FP8: the float32 scales are the only ones
             assert tensor_scale is not None
             scale, tensor_scale = tensor_scale.reshape(fmt.scale_shape(member.shape)), None
-        return BlockScaledTensor(fmt, member.shape, raw["codes"], scale, tensor_scale).dequantize()
+        tensor = BlockScaledTensor(fmt, member.shape, raw["codes"], scale, tensor_scale)
+        weight: NDArray[np.float32] = tensor.dequantize()
+        return weight
 
     def stored(self, suffix: str) -> dict[str, NDArray[Any]]:
         """The tensors of the file whose names end in a suffix, by module."""

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peer_harness import Made, Make, Peer
+from peer_harness import Made, Make, Peer, need
 
 pytestmark = pytest.mark.peer
 
 Row = dict[str, Any]
-
 
 # Same engine, same weights, BF16: dense models agree to the last digit printed. Experts are summed
 # in another order by vLLM's own BF16 kernel, and a router tie may fall otherwise (0.03 % seen).
@@ -55,6 +54,12 @@ FUSED = {
     "in_proj_qkv": "in_proj_qkvz",
     "in_proj_z": "in_proj_qkvz",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> str:
+    """Skip before anything is made."""
+    return need("vllm")
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import nybble.check.audit as audit_module
 import tiny
-
 from nybble.api.quantize import quantize
 from nybble.check.audit import Audit, audit, decibel
 from nybble.checkpoint.reader import Checkpoint
@@ -26,7 +26,8 @@ EXPERT = LM + "layers.1.mlp.experts.2"
 
 
 class Made:
-    """A quantized folder, its plan, and its tensors in memory; `write` puts changed ones into a new folder."""
+    """A quantized folder, its plan, and its tensors in memory; `write` puts changed ones into a new
+    folder."""
 
     def __init__(self, folder: Path, recipe: str, layout: str) -> None:
         self.folder = folder
@@ -74,7 +75,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
 
 
 ALL = ("modelopt", "compressed", "fp8", "mxfp4")
-CODES = {"modelopt": "weight", "compressed": "weight_packed", "fp8": "weight", "mxfp4": "weight_packed"}
+CODES = {
+    "modelopt": "weight",
+    "compressed": "weight_packed",
+    "fp8": "weight",
+    "mxfp4": "weight_packed",
+}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -105,9 +111,7 @@ def test_other_dtypes_and_shapes_are_named_with_both(made: dict[str, Made]) -> N
     said = made["modelopt"].complaint(lambda t: t.update({tensor: t[tensor].reshape(1)}))
     assert f"tensor {tensor}: planned F32 [], found F32 [1]" in said
     tensor = LM + "layers.0.linear_attn.A_log"
-    said = made["modelopt"].complaint(
-        lambda t: t.update({tensor: t[tensor].astype(np.float32)})
-    )
+    said = made["modelopt"].complaint(lambda t: t.update({tensor: t[tensor].astype(np.float32)}))
     assert f"tensor {tensor}: planned BF16 [6], found F32 [6]" in said
 
 
@@ -152,7 +156,11 @@ def test_an_e8m0_scale_of_255_is_nan(made: dict[str, Made]) -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
 @pytest.mark.parametrize(
     ("name", "leaf"),
-    [("modelopt", "weight_scale_2"), ("compressed", "weight_global_scale"), ("fp8", "weight_scale")],
+    [
+        ("modelopt", "weight_scale_2"),
+        ("compressed", "weight_global_scale"),
+        ("fp8", "weight_scale"),
+    ],
 )
 def test_other_scales_must_be_finite_and_positive(
     made: dict[str, Made], name: str, leaf: str, value: float
@@ -258,6 +266,24 @@ def test_the_error_of_every_role_is_that_of_the_decoded_file(
     assert found.sqnr_db == pytest.approx(10 * np.log10(energy / error), abs=1e-3)
 
 
+def test_small_batches_find_the_same(
+    made: dict[str, Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m = made["modelopt"]
+    whole = m.check(m.tensors)
+    monkeypatch.setattr(audit_module, "CHUNK", 1000)
+    parts = m.check(m.tensors)
+    assert [(e.role, e.modules) for e in parts.errors] == [
+        (e.role, e.modules) for e in whole.errors
+    ]
+    assert parts.sqnr_db == pytest.approx(whole.sqnr_db, abs=1e-9)
+
+    def flip(t: tiny.Tensors) -> None:
+        t["mtp.fc.weight"].reshape(-1).view(np.uint8)[5001] ^= 1
+
+    assert "tensor mtp.fc.weight differs" in m.complaint(flip)
+
+
 def test_weights_without_error_and_without_energy_have_infinite_ratios() -> None:
     assert decibel(1.0, 0.0) == np.inf
     assert decibel(0.0, 0.0) == np.inf
@@ -269,7 +295,7 @@ def test_weights_on_the_grid_come_back_exactly(tmp_path: Path) -> None:
     cfg = tiny.config("qwen3")
     values = tiny.tensors(cfg)
     grid = np.array([0, 0.5, 1, -1.5, 2, -3, 4, 6] * 2, np.float32)
-    for name, value in values.items():
+    for value in values.values():
         if value.ndim == 2:
             value[:] = np.resize(grid, value.shape).astype(ml_dtypes.bfloat16)
     path = tiny.write(tmp_path / "m", cfg, values)

@@ -1,7 +1,9 @@
-"""The two containers: what their tensors are called, and what their configuration files make readers believe.
+"""The two containers: what their tensors are called, and what their configuration files make
+readers believe.
 
-Readers are simulated from their documented rules (docs/layouts.md), and tests/make_headers.py rebuilds the whole list of
-tensors from the configuration alone: it must be the list that the plan writes.
+Readers are simulated from their documented rules (docs/layouts.md), and tests/make_headers.py
+rebuilds the whole list of tensors from the configuration alone: it must be the list that the plan
+writes.
 """
 
 from __future__ import annotations
@@ -9,7 +11,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import make_headers
 import tiny
-
 from nybble.api.plan import LAYOUTS, plan
 from nybble.checkpoint.compressed_tensors import CompressedTensors
 from nybble.checkpoint.layout import Layout
@@ -29,6 +29,13 @@ from nybble.errors import RecipeError
 from nybble.formats.scheme import SCHEMES
 from nybble.plan.plan import Plan
 from nybble.plan.recipe import parse_recipe
+from readers import (
+    ALGORITHM,
+    ct_match,
+    linear_modules,
+    scheme_of_group,
+    vllm_mixed,
+)
 
 MODELOPT, COMPRESSED = ModelOpt(), CompressedTensors()
 N, K = 130, 288  # ragged against 128; K divides by 16 and 32
@@ -110,7 +117,9 @@ def test_every_scheme_has_tensors_or_a_refusal(layout: Layout) -> None:
 
 
 def test_a_refusal_names_all_schemes_and_the_way_out() -> None:
-    refusal = MODELOPT.refusal([SCHEMES[n] for n in ("mxfp4-w4a16", "bf16", "fp8-block", "nvfp4-w4a16")])
+    refusal = MODELOPT.refusal(
+        [SCHEMES[n] for n in ("mxfp4-w4a16", "bf16", "fp8-block", "nvfp4-w4a16")]
+    )
     assert "fp8-block, mxfp4-w4a16" in refusal
     assert "--layout compressed-tensors" in refusal
 
@@ -127,7 +136,7 @@ def test_modelopt_stores_multipliers_without_dimensions() -> None:
     stored = MODELOPT.store(scale, np.float32(0.1).reshape(1))
     assert (stored.dtype, stored.shape, stored.item()) == (np.float32, (), np.float32(0.1))
     assert MODELOPT.load(scale, stored) == np.float32(0.1)
-    assert MODELOPT.round_scales(np.float32([0.1])) == np.float32([0.1])
+    assert MODELOPT.round_scales(np.array([0.1], np.float32)) == np.array([0.1], np.float32)
 
 
 @pytest.mark.parametrize("exponent", [-116, -60, -12, -1, 0, 3, 100])
@@ -157,10 +166,12 @@ def test_fp8_scales_are_rounded_before_they_make_codes(scheme: str) -> None:
     assert stored.dtype == ml_dtypes.bfloat16
     assert stored.shape == scale.shape
     assert np.array_equal(COMPRESSED.load(scale, stored).reshape(scale.shape), rounded)
-    powers = np.float32([2.0**-116, 2.0**-9, 1, 2.0**100])
+    powers = np.array([2.0**-116, 2.0**-9, 1, 2.0**100], np.float32)
     assert np.array_equal(COMPRESSED.round_scales(powers), powers)
-    # Less than BF16 can hold: those weights are zeros in FP8 at any scale, and a scale of 0 would be refused.
-    assert np.array_equal(COMPRESSED.round_scales(np.float32([1e-42, 2.0**-133])), [1, 2.0**-133])
+    # Less than BF16 can hold: those weights are zeros in FP8 at any scale, and a scale of 0 would
+    # be refused.
+    tiny_scales = np.array([1e-42, 2.0**-133], np.float32)
+    assert np.array_equal(COMPRESSED.round_scales(tiny_scales), [1, 2.0**-133])
 
 
 # ------------------------------------------------------------------------------------- documents
@@ -171,29 +182,13 @@ def sections(found: Plan) -> tuple[dict[str, Any], dict[str, bytes]]:
     return json.loads(documents["config.json"])["quantization_config"], documents
 
 
-def linear_modules(found: Plan) -> dict[str, str]:
-    """Every module that an engine could build as a linear -> its scheme by the plan."""
-    modules: dict[str, str] = {}
-    for copy in found.copies:
-        name, tensor = copy.tensor.name, copy.tensor
-        if ".mlp.experts." in name and len(tensor.shape) == 3:
-            for e in range(tensor.shape[0]):
-                parts = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
-                for part in parts:
-                    modules[f"{name.rpartition('.')[0]}.{e}.{part}"] = "bf16"
-        elif name.endswith(".weight") and len(tensor.shape) == 2:
-            modules[name.removesuffix(".weight")] = "bf16"
-    for job in found.jobs:
-        modules.update(dict.fromkeys((m.module for m in job.members), job.scheme.name))
-    return modules
-
-
 MIXED = (
     'roles = ["mlp", "routed_expert"]\nmodules = ["*.layers.1.*"]\nscheme = "nvfp4-w4a4"',
     'roles = ["mlp", "routed_expert", "lm_head"]\nscheme = "nvfp4-w4a16"',
-    'roles = ["attention", "linear_attention"]\nmodules = ["*.o_proj", "*.out_proj"]\nscheme = "fp8-static"',
+    'roles = ["attention", "linear_attention"]\nmodules = ["*.o_proj", "*.out_proj"]\n'
+    'scheme = "fp8-static"',
 )
-PARTIAL = (  # some layers, some of their modules; one layer's experts stay beside a quantized shared expert
+PARTIAL = (  # some layers, some of their modules; experts stay beside a quantized shared expert
     'roles = ["shared_expert", "mlp"]\nmodules = ["*.layers.[12].*"]\nscheme = "nvfp4-w4a16"',
     'roles = ["attention"]\nmodules = ["*.layers.1.*"]\nscheme = "nvfp4-w4a16"',
 )
@@ -219,7 +214,9 @@ def cases() -> list[Case]:
                     continue
                 if recipe == "nvfp4-experts-fp8" and family not in tiny.EXPERTS:
                     continue
-                if recipe == "partial" and family == "qwen3_moe":  # has neither shared expert nor MLP
+                if (
+                    recipe == "partial" and family == "qwen3_moe"
+                ):  # has neither shared expert nor MLP
                     continue
                 found.append((family, recipe, layout))
     return found
@@ -293,8 +290,6 @@ def test_a_reader_rebuilds_the_tensors_from_the_configuration_alone(
 
 
 # -------------------------------------------------------------------------------------- ModelOpt
-
-ALGORITHM = {"nvfp4-w4a4": "NVFP4", "nvfp4-w4a16": "W4A16_NVFP4", "fp8-static": "FP8"}
 
 
 def modelopt_cases() -> list[Case]:
@@ -399,23 +394,6 @@ def test_only_the_mtp_head_and_outshone_experts_are_ignored(
     assert flat["ignore"] == expected
 
 
-def vllm_mixed(flat: Mapping[str, Any], module: str) -> str | None:
-    """vLLM's look-up of one module in a MIXED_PRECISION map, by checkpoint names: algorithm or None."""
-    layers: dict[str, dict[str, str]] = flat["quantized_layers"]
-    for entry in flat["ignore"]:
-        # exact, a plain substring, or a glob of which `x*` is also `x` and `x.*`
-        if entry.removesuffix("*") in module:
-            return None
-    if module in layers:
-        return layers[module]["quant_algo"]
-    below = {e["quant_algo"] for name, e in layers.items() if name.startswith(module + ".")}
-    if not below and module.endswith(".experts"):
-        parent = module.rpartition(".")[0] + "."
-        below = {e["quant_algo"] for name, e in layers.items() if name.startswith(parent)}
-    assert len(below) <= 1, f"{module}: {below}"
-    return below.pop() if below else None
-
-
 @pytest.mark.parametrize("case", modelopt_cases(), ids="-".join)
 def test_vllm_resolves_every_module_to_what_was_written(plans: dict[str, Any], case: Case) -> None:
     found = plan_of(plans, *case)
@@ -454,50 +432,10 @@ ARGUMENT_FIELDS = {
     "observer",
     "observer_kwargs",
 }
-FLOAT = {"type": "float", "symmetric": True}
-FP4 = {"num_bits": 4, "strategy": "tensor_group", "group_size": 16, **FLOAT}
-E4M3 = {"scale_dtype": "torch.float8_e4m3fn"}
-PRESETS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
-    "nvfp4-w4a4": (
-        "nvfp4-pack-quantized",
-        FP4 | E4M3 | {"dynamic": False},
-        FP4 | E4M3 | {"dynamic": "local"},
-    ),
-    "nvfp4-w4a16": ("nvfp4-pack-quantized", FP4 | E4M3 | {"dynamic": False}, None),
-    "mxfp4-w4a16": (
-        "mxfp4-pack-quantized",
-        {"num_bits": 4, "strategy": "group", "group_size": 32, "dynamic": False}
-        | {"scale_dtype": "torch.uint8", **FLOAT},
-        None,
-    ),
-    "fp8-static": (
-        "float-quantized",
-        {"num_bits": 8, "strategy": "tensor", "dynamic": False, **FLOAT},
-        {"num_bits": 8, "strategy": "tensor", "dynamic": False, **FLOAT},
-    ),
-    "fp8-dynamic": (
-        "float-quantized",
-        {"num_bits": 8, "strategy": "channel", "dynamic": False, **FLOAT},
-        {"num_bits": 8, "strategy": "token", "dynamic": True, **FLOAT},
-    ),
-    "fp8-block": (
-        "float-quantized",
-        {"num_bits": 8, "strategy": "block", "block_structure": [128, 128], "dynamic": False}
-        | FLOAT,
-        {"num_bits": 8, "strategy": "group", "group_size": 128, "dynamic": True, **FLOAT},
-    ),
-}
 
 
 def compressed_cases() -> list[Case]:
     return [c for c in cases() if c[2] == "compressed-tensors"]
-
-
-def scheme_of_group(group: Mapping[str, Any]) -> str:
-    """The row of the table of presets that a group is."""
-    given = (group["format"], group["weights"], group["input_activations"])
-    (name,) = [name for name, preset in PRESETS.items() if preset == given]
-    return name
 
 
 @pytest.mark.parametrize("case", compressed_cases(), ids="-".join)
@@ -533,39 +471,6 @@ def test_no_kv_cache_is_declared_without_scales_and_the_plan_says_so(
     section, _ = sections(made)
     assert section["kv_cache_scheme"] is None
     assert any("KV cache" in note for note in made.notes) == bool(made.recipe.kv_cache)
-
-
-def names_in_vllm(module: str) -> str:
-    """The path of a checkpoint's module inside vLLM (vision-language classes)."""
-    for ours, theirs in (
-        ("model.visual.", "visual."),
-        ("model.language_model.", "language_model.model."),
-        ("lm_head", "language_model.lm_head"),
-    ):
-        if module.startswith(ours):
-            return theirs + module.removeprefix(ours)
-    return module
-
-
-def ct_match(section: Mapping[str, Any], module: str, *, inside_vllm: bool) -> str:
-    """The scheme that readers give a module: ignore wins, then the first group that matches."""
-    path = names_in_vllm(module) if inside_vllm else module
-
-    def hits(entries: list[str]) -> bool:
-        for entry in entries:
-            if entry.startswith("re:"):
-                if re.match(entry[3:], path):
-                    return True
-            elif (names_in_vllm(entry) if inside_vllm else entry) == path:
-                return True
-        return False
-
-    if hits(section["ignore"]):
-        return "bf16"
-    found = [g for g in section["config_groups"].values() if hits(g["targets"])]
-    # No module is in two groups: the order of the groups carries nothing.
-    assert len(found) <= 1, module
-    return scheme_of_group(found[0]) if found else "bf16"
 
 
 @pytest.mark.parametrize("inside_vllm", [False, True])
@@ -632,7 +537,10 @@ def test_a_tower_with_layers_of_its_own_is_not_taken_along(tmp_path: Path) -> No
 def test_an_mtp_head_below_model_is_ignored_whole(tmp_path: Path) -> None:
     cfg = tiny.config("qwen3_5_moe")
     values = tiny.tensors(cfg)
-    moved = {n.replace("mtp.", "model.mtp.", 1) if n.startswith("mtp.") else n: v for n, v in values.items()}
+    moved = {
+        n.replace("mtp.", "model.mtp.", 1) if n.startswith("mtp.") else n: v
+        for n, v in values.items()
+    }
     path = tiny.write(tmp_path / "m", cfg, moved)
     found = plan(path, "nvfp4-all", layout="compressed-tensors")
     section, _ = sections(found)

@@ -1,7 +1,7 @@
 """What a plan says of published checkpoints, from headers alone, and what it refuses.
 
-The numbers of the releases come from their configurations through tests/make_headers.py, which shares no code with
-nybble.
+The numbers of the releases come from their configurations through tests/make_headers.py, which
+shares no code with nybble.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def refused(kind: type[NybbleError], path: Path, *rules: str, **options: Any) ->
 
 @pytest.mark.parametrize("data", ["none", "sparse"])
 def test_the_published_mix_of_the_35b_to_the_byte(headers: Callable[..., Path], data: str) -> None:
-    """The release's 23,407,580,856 less one residual input_scale of 4 bytes for each of its 30,841 W4A16 modules."""
+    """The release's 23,407,580,856 less one residual input_scale of 4 bytes for each of its 30,841
+    W4A16 modules."""
     found = plan(headers(A35, data), "nvfp4")
     sums = totals(found)
     assert sums.source_tensors == 1045
@@ -133,7 +134,8 @@ def test_redhats_recipe_reaches_redhats_size(headers: Callable[..., Path]) -> No
 def test_experts_with_dynamic_fp8_beside_them_explain_every_byte(
     headers: Callable[..., Path],
 ) -> None:
-    """25,200,070,368 bytes are codes, block scales and copies; the rest are the scales per module and per row."""
+    """25,200,070,368 bytes are codes, block scales and copies; the rest are the scales per module
+    and per row."""
     scalars = MATRICES * (4 + 4)  # weight_global_scale and input_global_scale, F32
     attention_rows = ATTENTION * (8192 + 512 + 512 + 2048) * 2  # one BF16 scale per output row
     shared_rows = LAYERS * (512 + 512 + 2048) * 2
@@ -374,7 +376,7 @@ def test_a_split_fused_group_names_the_group_and_both_members(
     ]
     if order == "last":
         rules = [
-            'roles = ["attention"]\nmodules = ["*.k_proj", "*.v_proj", "*.o_proj"]\nscheme = "nvfp4-w4a16"',
+            'roles = ["attention"]\nmodules = ["*.[kvo]_proj"]\nscheme = "nvfp4-w4a16"',
             f'roles = ["attention"]\nscheme = "{scheme}"',
         ]
     said = refused(RecipeError, path, *rules)

@@ -45,8 +45,8 @@ def test_every_shipped_recipe_parses_and_has_a_title(name: str) -> None:
 def test_a_rule_keeps_its_roles_globs_and_schemes() -> None:
     recipe = parse_recipe(
         "mine",
-        'title = "t"\nkv_cache = "fp8"\n[[rule]]\nroles = ["mlp", "attention"]\nmodules = ["*.layers.0.*"]\n'
-        'scheme = "fp8-static"\nwithout_data = "bf16"\n',
+        'title = "t"\nkv_cache = "fp8"\n[[rule]]\nroles = ["mlp", "attention"]\n'
+        'modules = ["*.layers.0.*"]\nscheme = "fp8-static"\nwithout_data = "bf16"\n',
     )
     (rule,) = recipe.rules
     assert (recipe.title, recipe.kv_cache) == ("t", "fp8")

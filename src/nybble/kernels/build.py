@@ -9,6 +9,7 @@ and costs speed, never the result.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import importlib.util
 import logging
@@ -106,18 +107,22 @@ def build(force: bool = False) -> tuple[Path | None, str]:
     name = library_name()
     if (FOLDER / name).exists() and not force:
         return FOLDER / name, "prebuilt, shipped with the package"
-    targets = [folder / name for folder in (cache_folder(), _temporary_folder()) if folder]
-    for target in targets:
-        if target.exists() and _is_ours(target) and not force:
-            return target, f"compiled earlier: {target}"
+    cached = cache_folder() / name
+    spare = Path(tempfile.gettempdir()) / f"nybble-{os.getuid()}" / name
+    if _is_ours(cached) and not force:
+        return cached, f"compiled earlier: {cached}"
+    if _is_ours(spare.parent) and _is_ours(spare) and not force:
+        return spare, f"compiled earlier: {spare}"
     available = compilers()
     if not available:
         return None, "no C compiler (cc, gcc, clang, or `pip install ziglang`): numpy does the work"
     problems = []
     for compiler in available:
         shown = "ziglang" if "ziglang" in compiler else " ".join(compiler)
-        for target in targets:
+        for target in (cached, spare):
             try:
+                if target is spare:
+                    _make_private(spare.parent)
                 compile_library(compiler, target)
             except OSError as error:
                 problems.append(f"cannot write {target.parent}: {error.strerror}")
@@ -131,19 +136,19 @@ def build(force: bool = False) -> tuple[Path | None, str]:
     return None, "; ".join(problems) + ": numpy does the work"
 
 
-def _temporary_folder() -> Path | None:
-    """A private folder for where the cache cannot be written; None if it is somebody else's."""
-    folder = Path(tempfile.gettempdir()) / f"nybble-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError:
-        return None
-    return folder if _is_ours(folder) else None
+def _make_private(folder: Path) -> None:
+    """Make a folder that only this user may write; OSError if somebody else's is in its place."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not _is_ours(folder):
+        raise OSError(errno.EPERM, "others may write there")
 
 
 def _is_ours(path: Path) -> bool:
-    """Only this user can have written it: a library is code, and must not come from another."""
-    found = path.stat()
+    """It is there, and only this user or root can have written it: a library is code."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
     return found.st_uid in (os.getuid(), 0) and not found.st_mode & 0o022
 
 

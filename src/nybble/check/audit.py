@@ -180,8 +180,15 @@ def _compare(
     for group in simple.values():
         fmt = group[0][0].scheme.weight
         assert fmt is not None
-        if fmt in (FP8_CHANNEL, FP8_BLOCK):
-            yield from (_compare_fp8(plan, written, *one) for one in group)
+        if fmt is FP8_CHANNEL:
+            for job, m, matrix in group:
+                codes = _parts(plan, written, job, m)[0].reshape(m.shape)
+                rows = _scale(plan, written, job, m).reshape(-1)
+                (sums,) = block_quantize.compare(matrix, fmt, rows, codes, [], threads)
+                yield job, m, sums.error, sums.energy
+            continue
+        if fmt is FP8_BLOCK:
+            yield from (_compare_fp8_blocks(plan, written, *one) for one in group)
             continue
         parts = [_parts(plan, written, job, m) for job, m, _ in group]
         top = np.array([_scale(plan, written, job, m) for job, m, _ in group], dtype=np.float32)
@@ -229,10 +236,10 @@ def _check_scales(job: Job, scales: Sequence[F32Array], found: Audit) -> None:
         found.problems.append(f"{job.name}: its members have different tensor scales")
 
 
-def _compare_fp8(
+def _compare_fp8_blocks(
     plan: Plan, written: Checkpoint, job: Job, member: Member, matrix: NDArray[np.generic]
 ) -> tuple[Job, Member, float, float]:
-    """Many scales per matrix: decoded by the definition, some rows at a time."""
+    """Blocks of two dimensions: decoded by the definition, some rows at a time."""
     fmt = job.scheme.weight
     assert fmt is not None
     codes, _ = _parts(plan, written, job, member)

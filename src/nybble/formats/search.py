@@ -43,7 +43,7 @@ SEARCHES: tuple[Search, ...] = get_args(Search)
 
 #: The tensor scale maps the largest element to 6 * 256 at most: its block may grow by 448 / 256.
 TOP_BLOCK_SCALE = 256.0
-#: Power-of-two tensor scales stay in here, so that products with scales and codes are normal floats.
+#: Power-of-two tensor scales stay within: products with scales and codes are then normal floats.
 MIN_TENSOR_SCALE, MAX_TENSOR_SCALE = 2.0**-116, 2.0**116
 
 _ZERO_BLOCK = 0x38  # E4M3 1.0, as ModelOpt writes for a block of zeros

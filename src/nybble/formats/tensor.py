@@ -15,7 +15,6 @@ from nybble.formats.element import (
     F32Array,
     U8Array,
     decode,
-    pack_nibbles,
     unpack_nibbles,
 )
 
@@ -68,6 +67,3 @@ def expand(scales: F32Array, fmt: BlockFormat, shape: Shape) -> F32Array:
     if rows != 1:
         scales = np.repeat(scales, rows or n, axis=-2)[..., :n, :]
     return np.repeat(scales, columns or k, axis=-1)[..., :k]
-
-
-__all__ = ["BlockScaledTensor", "expand", "pack_nibbles"]

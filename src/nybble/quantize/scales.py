@@ -53,7 +53,7 @@ def job_scales(
             own = fmt is FP8 and search == "absmax"
             peak = np.asarray(amax[m.module] if own else shared, dtype=np.float32)
             if fmt is FP8_CHANNEL:
-                peak = block_quantize.amax(list(matrices[m.module]), threads)[:, None]
+                peak = block_quantize.amax(matrices[m.module], threads)[:, None]
             elif fmt is FP8_BLOCK:
                 strips = strips_of(matrices[m.module])
                 peak = np.concatenate([definition.block_amax(s, fmt) for s in strips])

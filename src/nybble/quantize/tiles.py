@@ -123,16 +123,15 @@ def fill(
             own = scales[p.member.module][p.first // 128 : -(-p.last // 128)]
             run[:] = definition.quantize(p.matrix, fmt, search, scale=own).codes.reshape(-1)
         return codes, blocks
-    runs = [p.matrix for p in tile]
-    if fmt is FP8_CHANNEL:  # one run per row
-        per_run = np.concatenate([scales[p.member.module][p.first : p.last, 0] for p in tile])
-        shaped = [c.reshape(p.matrix.shape) for c, p in zip(code_runs, tile, strict=True)]
-        code_runs = [row for rows in shaped for row in rows]
-        runs = [row for p in tile for row in p.matrix]
-    else:
-        per_run = np.array([scales[p.member.module] for p in tile], dtype=np.float32)
+    if fmt is FP8_CHANNEL:
+        for p, run in zip(tile, code_runs, strict=True):
+            own = scales[p.member.module][p.first : p.last, 0]
+            rows = run.reshape(p.matrix.shape)
+            block_quantize.quantize(p.matrix, fmt, search, own, rows, [], threads)
+        return codes, blocks
+    per_run = np.array([scales[p.member.module] for p in tile], dtype=np.float32)
     block_quantize.quantize(
-        runs,
+        [p.matrix for p in tile],
         fmt,
         search,
         per_run,

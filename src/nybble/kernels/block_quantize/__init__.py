@@ -21,6 +21,10 @@ from nybble.formats.element import F32Array, U8Array
 from nybble.formats.search import Search, check_search
 from nybble.kernels import dispatch
 
+#: Runs one by one, or a matrix that stands for its rows: per-channel scales make millions of runs.
+Runs = Sequence[NDArray[np.generic]] | NDArray[np.generic]
+Buffers = Sequence[U8Array] | U8Array
+
 SOURCE_DTYPES = tuple(np.dtype(d) for d in (ml_dtypes.bfloat16, np.float16, np.float32))
 
 
@@ -33,18 +37,18 @@ class Comparison:
     bad_scales: int
 
 
-def amax(runs: Sequence[NDArray[np.generic]], threads: int = 1) -> F32Array:
+def amax(runs: Runs, threads: int = 1) -> F32Array:
     """The largest magnitude of each run, float32 [runs]; infinity or NaN where a run holds one."""
     dtype = _check_runs(runs)
     return _backend().amax(runs, dtype, threads)  # type: ignore[no-any-return]
 
 
 def quantize(
-    runs: Sequence[NDArray[np.generic]],
+    runs: Runs,
     fmt: BlockFormat,
     search: Search,
     scales: F32Array,
-    codes: Sequence[U8Array],
+    codes: Buffers,
     block_scales: Sequence[U8Array],
     threads: int = 1,
     *,
@@ -59,8 +63,9 @@ def quantize(
     """
     check_search(fmt, search)
     dtype = _check_runs(runs)
-    _check_buffers([r.size for r in runs], fmt, scales, codes, block_scales)
-    if not all(o.flags.writeable for o in (*codes, *(block_scales if fmt.is_packed else ()))):
+    _check_buffers(_sizes(runs), fmt, scales, codes, block_scales)
+    buffers = [codes] if isinstance(codes, np.ndarray) else codes
+    if not all(o.flags.writeable for o in (*buffers, *(block_scales if fmt.is_packed else ()))):
         raise FormatError("quantize: an output buffer is read-only")
     _backend().quantize(
         runs,
@@ -89,16 +94,16 @@ def decode(
 
 
 def compare(
-    runs: Sequence[NDArray[np.generic]],
+    runs: Runs,
     fmt: BlockFormat,
     scales: F32Array,
-    codes: Sequence[U8Array],
+    codes: Buffers,
     block_scales: Sequence[U8Array],
     threads: int = 1,
 ) -> list[Comparison]:
-    """Decode each run and hold it against its source."""
+    """Decode each run and hold it against its source; a matrix of rows gives one sum."""
     dtype = _check_runs(runs)
-    _check_buffers([r.size for r in runs], fmt, scales, codes, block_scales)
+    _check_buffers(_sizes(runs), fmt, scales, codes, block_scales)
     return _backend().compare(  # type: ignore[no-any-return]
         runs, dtype, fmt, scales, codes, block_scales, threads
     )
@@ -114,7 +119,15 @@ def _backend() -> ModuleType:
     return reference
 
 
-def _check_runs(runs: Sequence[NDArray[np.generic]]) -> np.dtype[np.generic]:
+def _sizes(runs: Runs) -> list[int]:
+    return [runs.shape[1]] * len(runs) if isinstance(runs, np.ndarray) else [r.size for r in runs]
+
+
+def _check_runs(runs: Runs) -> np.dtype[np.generic]:
+    if isinstance(runs, np.ndarray):
+        if runs.ndim != 2:
+            raise FormatError(f"a matrix of runs must be [N, K], found {list(runs.shape)}")
+        runs = [runs]
     dtypes = {r.dtype for r in runs}
     if len(dtypes) > 1:
         raise FormatError(f"one call takes runs of one dtype, found {sorted(map(str, dtypes))}")
@@ -131,10 +144,16 @@ def _check_buffers(
     sizes: Sequence[int],
     fmt: BlockFormat,
     scales: F32Array,
-    codes: Sequence[U8Array],
+    codes: Buffers,
     block_scales: Sequence[U8Array],
 ) -> None:
     """The kernels trust sizes: a short buffer would be read or written past its end."""
+    if isinstance(codes, np.ndarray):  # rows
+        if fmt.is_packed or len(scales) != len(sizes) or codes.dtype != np.uint8:
+            raise FormatError(f"rows of {fmt} need one scale and one row of uint8 codes each")
+        if codes.shape != (len(sizes), sizes[0] if sizes else 0) or not codes.flags.c_contiguous:
+            raise FormatError(f"codes: expected {len(sizes)} rows, found {list(codes.shape)}")
+        return
     counts = {"scales": len(scales), "codes": len(codes)}
     if fmt.is_packed:
         counts["block_scales"] = len(block_scales)

@@ -14,7 +14,7 @@ from nybble.formats.block import MXFP4, NVFP4, BlockFormat
 from nybble.formats.element import F32Array, U8Array
 from nybble.formats.search import Search
 from nybble.kernels import dispatch
-from nybble.kernels.block_quantize import Comparison
+from nybble.kernels.block_quantize import Buffers, Comparison, Runs
 from nybble.kernels.build import load
 
 # The enums and structs of cpu.h.
@@ -33,9 +33,7 @@ _SEGMENT = np.dtype(
 _COMPARISON = np.dtype([("error", np.float64), ("energy", np.float64), ("bad_scales", np.int64)])
 
 
-def amax(
-    runs: Sequence[NDArray[np.generic]], dtype: np.dtype[np.generic], threads: int
-) -> F32Array:
+def amax(runs: Runs, dtype: np.dtype[np.generic], threads: int) -> F32Array:
     """See the package."""
     segments = _segments(runs, [], [], np.zeros(len(runs), dtype=np.float32))
     found = np.zeros(len(runs), dtype=np.uint32)
@@ -44,12 +42,12 @@ def amax(
 
 
 def quantize(
-    runs: Sequence[NDArray[np.generic]],
+    runs: Runs,
     dtype: np.dtype[np.generic],
     fmt: BlockFormat,
     search: Search,
     scales: F32Array,
-    codes: Sequence[U8Array],
+    codes: Buffers,
     block_scales: Sequence[U8Array],
     threads: int,
     bf16_quotient: bool,
@@ -70,7 +68,7 @@ def quantize(
 def decode(
     fmt: BlockFormat,
     scales: F32Array,
-    codes: Sequence[U8Array],
+    codes: Buffers,
     block_scales: Sequence[U8Array],
     threads: int,
 ) -> list[F32Array]:
@@ -83,11 +81,11 @@ def decode(
 
 
 def compare(
-    runs: Sequence[NDArray[np.generic]],
+    runs: Runs,
     dtype: np.dtype[np.generic],
     fmt: BlockFormat,
     scales: F32Array,
-    codes: Sequence[U8Array],
+    codes: Buffers,
     block_scales: Sequence[U8Array],
     threads: int,
 ) -> list[Comparison]:
@@ -95,6 +93,9 @@ def compare(
     segments = _segments(runs, codes, block_scales if fmt.is_packed else [], scales)
     found = np.zeros(len(runs), dtype=_COMPARISON)
     _call("nyb_compare", segments, _DTYPES[dtype], _format(fmt), found, threads=threads)
+    if isinstance(runs, np.ndarray):
+        sums = (found[name].sum() for name in ("error", "energy", "bad_scales"))
+        return [Comparison(*(s.item() for s in sums))]
     return [Comparison(*row) for row in found.tolist()]
 
 
@@ -106,19 +107,27 @@ def _address(array: NDArray[np.generic]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
+def _addresses(runs: Runs) -> NDArray[np.uint64]:
+    """Where each run begins; of a matrix, where each row does."""
+    if isinstance(runs, np.ndarray):
+        rows = np.arange(len(runs), dtype=np.uint64) * np.uint64(runs.strides[0])
+        return rows + np.uint64(_address(runs))
+    return np.array([_address(run) for run in runs], dtype=np.uint64)
+
+
 def _segments(
-    runs: Sequence[NDArray[np.generic]],
-    codes: Sequence[U8Array],
+    runs: Runs,
+    codes: Buffers,
     block_scales: Sequence[U8Array],
     scales: F32Array,
 ) -> NDArray[np.void]:
     segments = np.zeros(len(runs), dtype=_SEGMENT)
-    segments["source"] = [_address(r) for r in runs]
-    segments["count"] = [r.size for r in runs]
-    if codes:
-        segments["codes"] = [_address(c) for c in codes]
+    segments["source"] = _addresses(runs)
+    segments["count"] = runs.shape[1] if isinstance(runs, np.ndarray) else [r.size for r in runs]
+    if len(codes):
+        segments["codes"] = _addresses(codes)
     if block_scales:
-        segments["scale"] = [_address(s) for s in block_scales]
+        segments["scale"] = _addresses(block_scales)
     segments["tensor_scale"] = scales
     return segments
 

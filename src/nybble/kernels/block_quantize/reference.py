@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nybble.formats import search as definition
 from nybble.formats.block import BlockFormat
 from nybble.formats.element import F32Array, U8Array, encode
 from nybble.formats.tensor import BlockScaledTensor
-from nybble.kernels.block_quantize import Comparison
+from nybble.kernels.block_quantize import Buffers, Comparison, Runs
 
 CHUNK = 1 << 20  # elements at a time: numpy's temporaries stay small
 
 
-def amax(
-    runs: Sequence[NDArray[np.generic]], dtype: np.dtype[np.generic], threads: int
-) -> F32Array:
+def amax(runs: Runs, dtype: np.dtype[np.generic], threads: int) -> F32Array:
     """See the package; numpy propagates NaN."""
     found = np.zeros(len(runs), dtype=np.float32)
     for i, run in enumerate(runs):
@@ -30,12 +27,12 @@ def amax(
 
 
 def quantize(
-    runs: Sequence[NDArray[np.generic]],
+    runs: Runs,
     dtype: np.dtype[np.generic],
     fmt: BlockFormat,
     search: definition.Search,
     scales: F32Array,
-    codes: Sequence[U8Array],
+    codes: Buffers,
     block_scales: Sequence[U8Array],
     threads: int,
     bf16_quotient: bool,
@@ -63,7 +60,7 @@ def quantize(
 def decode(
     fmt: BlockFormat,
     scales: F32Array,
-    codes: Sequence[U8Array],
+    codes: Buffers,
     block_scales: Sequence[U8Array],
     threads: int,
 ) -> list[F32Array]:
@@ -79,11 +76,11 @@ def decode(
 
 
 def compare(
-    runs: Sequence[NDArray[np.generic]],
+    runs: Runs,
     dtype: np.dtype[np.generic],
     fmt: BlockFormat,
     scales: F32Array,
-    codes: Sequence[U8Array],
+    codes: Buffers,
     block_scales: Sequence[U8Array],
     threads: int,
 ) -> list[Comparison]:
@@ -97,4 +94,7 @@ def compare(
             s = block_scales[i]
             bad = int(((s == 0) | (s >= 0x7F)).sum() if fmt.has_tensor_scale else (s == 255).sum())
         found.append(Comparison(float(d @ d), float((x.astype(np.float64) ** 2).sum()), bad))
+    if isinstance(runs, np.ndarray):
+        error, energy = (sum(getattr(c, name) for c in found) for name in ("error", "energy"))
+        return [Comparison(error, energy, sum(c.bad_scales for c in found))]
     return found

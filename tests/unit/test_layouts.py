@@ -319,7 +319,8 @@ def test_both_modelopt_files_say_the_same(plans: dict[str, Any], case: Case) -> 
     }
     assert flat["quant_method"] == "modelopt"
     assert flat["quant_algo"] == inner["quant_algo"] == "MIXED_PRECISION"
-    assert flat["producer"] == nested["producer"] == {"name": "nybble", "version": "9.9"}
+    wrote = {"name": "modelopt", "version": "nybble-9.9"}
+    assert flat["producer"] == nested["producer"] == wrote
     assert flat["ignore"] == inner["exclude_modules"]
     assert flat["quantized_layers"] == inner["quantized_layers"]
     assert list(flat["quantized_layers"]) == sorted(flat["quantized_layers"])

@@ -87,7 +87,9 @@ class ModelOpt:
         # vLLM resolves `.experts` by any sibling under its parent, such as a quantized shared
         # expert.
         ignore += [name for name in listing.plain_experts if _has_quantized_sibling(name, listing)]
-        producer = {"name": "nybble", "version": listing.version}
+        # Engines take the name for the format's (TensorRT-LLM refuses any other); who wrote the
+        # file stands in the version, which is free text.
+        producer = {"name": "modelopt", "version": f"nybble-{listing.version}"}
         flat: dict[str, object] = {
             "quant_method": "modelopt",
             "quant_algo": "MIXED_PRECISION",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import os
 import platform
 import resource
@@ -29,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = Path(os.environ.get("NYBBLE_PEERS", Path.home() / ".cache" / "nybble" / "peers"))
 #: Peers take minutes: they are run this often, our own as often as asked.
-PEER_RUNS = 2
+PEER_RUNS = 1
 
 
 @dataclass
@@ -40,11 +41,13 @@ class Cost:
     cpu_s: float
     private_mib: int
     output_mb: int
+    verify_s: float = 0.0  # of ours: wall and CPU seconds of the audit, part of the above
+    verify_cpu_s: float = 0.0
 
 
 def commands(model: Path, out: Path, peers: list[str]) -> dict[str, list[str]]:
     """Name -> command line of each contender."""
-    ours = [sys.executable, "-m", "nybble", "quantize", str(model), str(out)]
+    ours = [sys.executable, "-m", "nybble", "quantize", str(model), str(out), "--json"]
     found = {
         "nybble mse": [*ours, "--recipe", "nvfp4-all", "--search", "mse"],
         "nybble absmax": [*ours, "--recipe", "nvfp4-all", "--search", "absmax"],
@@ -73,20 +76,22 @@ def run(command: list[str], out: Path) -> Cost:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    peak = [0]
-    watcher = threading.Thread(target=watch, args=(process.pid, peak), daemon=True)
-    watcher.start()
-    errors = process.stderr.read() if process.stderr else ""
-    if process.wait():
-        sys.exit(f"{' '.join(command)} failed:\n{errors[-2000:]}")
-    wall = time.perf_counter() - started
+    with tempfile.TemporaryFile("w+") as answer, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=answer, stderr=errors, env=environment)
+        peak = [0]
+        threading.Thread(target=watch, args=(process.pid, peak), daemon=True).start()
+        if process.wait():
+            errors.seek(0)
+            sys.exit(f"{' '.join(command)} failed:\n{errors.read()[-2000:]}")
+        wall = time.perf_counter() - started
+        answer.seek(0)
+        text = answer.read()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     size = sum(f.stat().st_size for f in out.rglob("*.safetensors"))
-    return Cost(wall, cpu, peak[0] // 1024, size // 10**6)
+    found = json.loads(text) if "nybble" in command else {}
+    audit = (found.get("audit_seconds", 0.0), found.get("audit_cpu_seconds", 0.0))
+    return Cost(wall, cpu, peak[0] // 1024, size // 10**6, *audit)
 
 
 def watch(pid: int, peak: list[int]) -> None:
@@ -136,32 +141,27 @@ def report(model: Path, source: int, costs: dict[str, list[Cost]]) -> None:
     machine = f"{cpu_model()}, {os.cpu_count()} cores"
     print(f"{model.name}: {source / 1e9:.2f} GB of source; {machine}; commit {commit}\n")
     base = statistics.median(c.cpu_s for c in costs["nybble mse"])
-    print("| tool | runs | wall s | CPU s | CPU, nybble mse = 1 | private MiB | output MB | GB/s |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    plain = statistics.median(c.cpu_s - c.verify_cpu_s for c in costs["nybble mse"])
+    print(
+        f"nybble mse without its verification: {plain:.2f} CPU s; ratios in brackets are to that\n"
+    )
+    print("| tool | runs | wall s | of it verifying | CPU s | CPU, nybble mse = 1 | private MiB |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
     with (ROOT / "benchmarks" / "results.csv").open("a", newline="") as file:
         writer = csv.writer(file)
         for name, runs in costs.items():
-            wall, cpu = (
+            wall, verify, cpu = (
                 statistics.median(values)
-                for values in zip(*((c.wall_s, c.cpu_s) for c in runs), strict=True)
+                for values in zip(*((c.wall_s, c.verify_s, c.cpu_s) for c in runs), strict=True)
             )
-            memory, size = max(c.private_mib for c in runs), runs[0].output_mb
             print(
-                f"| {name} | {len(runs)} | {wall:.2f} | {cpu:.2f} | {cpu / base:.1f} | {memory} | "
-                f"{size} | {source / wall / 1e9:.2f} |"
+                f"| {name} | {len(runs)} | {wall:.2f} | {verify:.2f} | {cpu:.2f} "
+                f"| {cpu / base:.1f} ({cpu / plain:.1f}) | {max(c.private_mib for c in runs)} |"
             )
             for c in runs:
+                row = ["quantize", commit, machine, model.name, name]
                 writer.writerow(
-                    [
-                        "quantize",
-                        commit,
-                        machine,
-                        model.name,
-                        name,
-                        c.wall_s,
-                        c.cpu_s,
-                        c.private_mib,
-                    ]
+                    [*row, c.wall_s, c.cpu_s, c.private_mib, c.verify_s, c.verify_cpu_s]
                 )
 
 

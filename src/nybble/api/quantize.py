@@ -34,6 +34,7 @@ class Result:
     seconds: float
     audit_seconds: float
     cpu_seconds: float
+    audit_cpu_seconds: float
     kernels: str
     threads: int
 
@@ -52,6 +53,7 @@ class Result:
             "seconds": self.seconds,
             "audit_seconds": self.audit_seconds,
             "cpu_seconds": self.cpu_seconds,
+            "audit_cpu_seconds": self.audit_cpu_seconds,
             "kernels": self.kernels,
             "threads": self.threads,
             "audit": checked
@@ -105,25 +107,31 @@ def quantize(
     _refuse_inside(Path(model), target)
     with Checkpoint.open(Path(model), headers_only=dry_run) as checkpoint:
         made = make_plan(checkpoint, chosen, find_layout(layout), generic=generic)
-        started, cpu = time.perf_counter(), time.process_time()
+        began = written = ended = _clocks()
         checked = None
-        written = started
         if not dry_run:
             options = Options(search, shard_size, threads, resume)
             execute(made, target, options, version=nybble.__version__, progress=progress, disk=disk)
-            written = time.perf_counter()
+            written = _clocks()
             checked = audit(made, target, threads=threads, progress=progress)
+            ended = _clocks()
         return Result(
             target,
             made,
             checked,
             search,
-            written - started,
-            time.perf_counter() - written,
-            time.process_time() - cpu,
-            str(choose()),
-            threads,
+            seconds=written[0] - began[0],
+            audit_seconds=ended[0] - written[0],
+            cpu_seconds=written[1] - began[1],
+            audit_cpu_seconds=ended[1] - written[1],
+            kernels=str(choose()),
+            threads=threads,
         )
+
+
+def _clocks() -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    return time.perf_counter(), time.process_time()
 
 
 def _refuse_inside(model: Path, out: Path) -> None:

@@ -111,9 +111,9 @@ def render(result: Result) -> str:
         labelled(
             "time",
             f"{result.seconds:.1f} s to quantize "
-            f"({source / max(result.seconds, 1e-9) / 1e9:.2f} GB/s of source), "
-            f"{result.audit_seconds:.1f} s to verify, {result.cpu_seconds:.1f} CPU s; "
-            f"{result.kernels}, {result.threads} threads",
+            f"({source / max(result.seconds, 1e-9) / 1e9:.2f} GB/s of source, "
+            f"{result.cpu_seconds:.1f} CPU s), {result.audit_seconds:.1f} s to verify "
+            f"({result.audit_cpu_seconds:.1f} CPU s); {result.kernels}, {result.threads} threads",
         ),
     ]
     return text + "\n".join(lines) + "\n"

@@ -131,7 +131,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     if Path(sys.argv[1]).exists():
         shutil.rmtree(sys.argv[1])

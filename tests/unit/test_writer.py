@@ -312,15 +312,24 @@ def test_done_tensors_whose_file_is_not_as_written_are_refused(tmp_path: Path, d
         CheckpointWriter(tmp_path / "out", TWO, disk=Disk(), resume=True, done=["c"])
 
 
-def test_shards_and_index_of_an_earlier_plan_do_not_reach_the_output(tmp_path: Path) -> None:
+def test_a_stale_index_goes_and_shards_of_another_plan_are_refused_by_name(tmp_path: Path) -> None:
     folder = begin(tmp_path / "out").folder
     (folder / INDEX).write_bytes(b"{}")
+    CheckpointWriter(tmp_path / "out", TWO, disk=Disk(), resume=True).close()
+    before = files(folder)
+    assert INDEX not in before
     three = layout_shards([spec("a", 4), spec("b", 4), spec("c", 8)], 4)
-    with CheckpointWriter(tmp_path / "out", three, disk=Disk(), resume=True) as writer:
-        assert files(folder) == [s.file + ".part" for s in three]
-        fill(writer)
-        writer.finish({}, [], 0)
-    assert files(tmp_path / "out") == sorted([INDEX, *(s.file for s in three)])
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00002\.safetensors\.part"):
+        CheckpointWriter(tmp_path / "out", three, disk=Disk(), resume=True)
+    assert files(folder) == before
+
+
+def test_a_linked_work_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        CheckpointWriter(tmp_path / "out", TWO, disk=Disk(), resume=True)
+    assert files(tmp_path / "elsewhere") == []
 
 
 # -------------------------------------------------------------------------------- the disk

@@ -252,6 +252,8 @@ def _kernel_advice(facts: Environment) -> list[str]:
         ]
     if forced and facts.kernels != f"cpu {best}":
         return [f"{forced[-1]} is set, this processor offers {best}: slower, same result; unset it"]
+    if best == "portable" and platform.machine() in ("x86_64", "AMD64"):
+        return ["this processor has no AVX2: the search for scales is some ten times slower"]
     return []
 
 

@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,7 +14,7 @@ from nybble.api.plan import find_layout, totals
 from nybble.check.audit import Audit, audit
 from nybble.checkpoint.disk import Disk
 from nybble.checkpoint.reader import Checkpoint
-from nybble.checkpoint.writer import SHARD_BYTES
+from nybble.checkpoint.writer import SHARD_BYTES, partial_folder
 from nybble.errors import CheckpointError
 from nybble.formats.search import Search
 from nybble.kernels.dispatch import choose, default_threads
@@ -91,14 +92,15 @@ def quantize(
     resume: bool = False,
     generic: bool = False,
     progress: Progress | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
     disk: Disk | None = None,
 ) -> Result:
     """Quantize a local checkpoint folder into a new folder `out`, without calibration data.
 
     `jobs` threads (default: all processors), shards of `shard_size` decimal bytes. With `dry_run`
-    nothing is written. The result is audited before this returns. Raises RecipeError for a recipe
-    without a data-free form, CheckFailed if the audit finds anything, and what planning and writing
-    raise.
+    nothing is written. `on_plan` is called before the work begins. The result is audited before
+    this returns. Raises RecipeError for a recipe without a data-free form, CheckFailed if the audit
+    finds anything, and what planning and writing raise.
     """
     progress = progress or Progress()
     threads = jobs or default_threads()
@@ -107,11 +109,17 @@ def quantize(
     _refuse_inside(Path(model), target)
     with Checkpoint.open(Path(model), headers_only=dry_run) as checkpoint:
         made = make_plan(checkpoint, chosen, find_layout(layout), generic=generic)
+        if on_plan is not None:
+            on_plan(made)
         began = written = ended = _clocks()
         checked = None
         if not dry_run:
             options = Options(search, shard_size, threads, resume)
-            execute(made, target, options, version=nybble.__version__, progress=progress, disk=disk)
+            # A run that was interrupted while it verified has nothing left to do but that.
+            if not (resume and target.is_dir() and not partial_folder(target).exists()):
+                execute(
+                    made, target, options, version=nybble.__version__, progress=progress, disk=disk
+                )
             written = _clocks()
             checked = audit(made, target, threads=threads, progress=progress)
             ended = _clocks()

@@ -182,6 +182,11 @@ class Checkpoint:
                 relative = (at / name).relative_to(self.path)
                 if not _is_rewritten(relative):
                     _resolve(self.path, str(relative))
+                    if not (at / name).is_file():
+                        raise CheckpointError(
+                            f"{self.path}: {str(relative)!r} is not a plain file and cannot be "
+                            "carried over; remove it"
+                        )
                     found.append(relative.as_posix())
         return sorted(found)
 

@@ -288,6 +288,8 @@ class CheckpointWriter:
                 raise CheckpointError(
                     f"{self.out}: exists and is not empty; name another output, or remove it"
                 )
+        if self.folder.is_symlink():
+            raise CheckpointError(f"{self.folder}: is a symbolic link; remove it")
         if not resume and os.path.lexists(self.folder):
             raise CheckpointError(
                 f"{self.folder}: is left from an interrupted run; continue it with --resume, or "
@@ -314,10 +316,13 @@ class CheckpointWriter:
         present = set(disk.names(self.folder) or ())
         expected = {n for s in self.shards for n in (s.file, s.file + ".part")}
         for name in sorted(present):
-            # The index would make the folder look complete; shards of another plan would end up in
-            # OUT.
-            if name == INDEX or (_OURS.fullmatch(name) and name not in expected):
-                disk.remove(self.folder / name)
+            if _OURS.fullmatch(name) and name not in expected:
+                raise CheckpointError(
+                    f"{self.folder / name}: is no shard of this run, and would end up in the "
+                    f"result; remove {self.folder}, or continue with the options it was begun with"
+                )
+        if INDEX in present:  # it would make the folder look complete
+            disk.remove(self.folder / INDEX)
         for shard in self._open:
             self._prepare_shard(shard, present)
         disk.sync_folder(self.folder)

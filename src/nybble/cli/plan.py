@@ -43,6 +43,7 @@ def command(
     from nybble.api.plan import as_json, data_free_form, plan
     from nybble.cli.output import write_json
 
+    check_words(recipe, layout)
     is_json = wants_json(json, output_format)
     found = plan(model, recipe, layout=layout, generic=generic, data_free=data_free)
     without_data = data_free_form(found, generic=generic)
@@ -50,6 +51,23 @@ def command(
         write_json(as_json(found, without_data))
         return
     sys.stdout.write(render(found, without_data))
+
+
+def check_words(recipe: str, layout: str) -> None:
+    """A misspelt recipe or layout is a usage error, as any other option's value is."""
+    from nybble.api.plan import LAYOUTS
+    from nybble.plan.recipe import recipe_names
+
+    if layout not in LAYOUTS:
+        raise typer.BadParameter(
+            f"{layout!r}; choose one of {', '.join(LAYOUTS)}", param_hint="--layout"
+        )
+    if recipe not in recipe_names() and not recipe.endswith(".toml"):
+        raise typer.BadParameter(
+            f"{recipe!r}; choose one of {', '.join(recipe_names())}, or give a file ending in "
+            ".toml",
+            param_hint="--recipe",
+        )
 
 
 def render(found: Plan, without_data: Plan | None) -> str:

@@ -13,6 +13,7 @@ from nybble.cli.plan import Generic, LayoutName, Model, RecipeName
 
 if TYPE_CHECKING:
     from nybble.api.quantize import Result
+    from nybble.plan.plan import Plan
 
 
 def command(
@@ -42,6 +43,7 @@ def command(
     """Quantize a checkpoint folder without calibration data, and verify what was written."""
     from nybble.api.quantize import quantize
     from nybble.cli.output import parse_bytes, write_json
+    from nybble.cli.plan import check_words
     from nybble.formats.search import SEARCHES
     from nybble.kernels.dispatch import choose
     from nybble.progress import Display, waiting
@@ -50,6 +52,7 @@ def command(
         raise typer.BadParameter(
             f"{search!r}; choose one of {', '.join(SEARCHES)}", param_hint="--search"
         )
+    check_words(recipe, layout)
     is_json, shard_bytes = wants_json(json, output_format), parse_bytes(shard_size)
     with waiting("compiling the kernels, once"):
         choose()
@@ -66,6 +69,7 @@ def command(
             resume=resume,
             generic=generic,
             progress=progress,
+            on_plan=None if is_json else _show_plan,
         )
     if is_json:
         write_json(result.as_json())
@@ -73,15 +77,21 @@ def command(
         sys.stdout.write(render(result))
 
 
-def render(result: Result) -> str:
-    """The plan, and what the audit found of it."""
-    from nybble.cli.output import amount, labelled, table
+def _show_plan(plan: Plan) -> None:
+    """What is about to happen, while stopping it is still cheap."""
     from nybble.cli.plan import render as render_plan
 
-    text = render_plan(result.plan, result.plan)
+    sys.stdout.write(render_plan(plan, plan))
+    sys.stdout.flush()
+
+
+def render(result: Result) -> str:
+    """What the audit found."""
+    from nybble.cli.output import amount, labelled, table
+
     checked = result.audit
     if checked is None:
-        return text + labelled("dry run", f"nothing written to {result.out}") + "\n"
+        return labelled("dry run", f"nothing written to {result.out}") + "\n"
     source = sum(row.source_bytes for row in result.plan.rows)
     head = ["role", "scheme", "modules", "SQNR dB", "worst", "in module"]
     rows = [
@@ -116,4 +126,12 @@ def render(result: Result) -> str:
             f"({result.audit_cpu_seconds:.1f} CPU s); {result.kernels}, {result.threads} threads",
         ),
     ]
-    return text + "\n".join(lines) + "\n"
+    if checked.all_zero:
+        lines.append(
+            labelled(
+                "warning",
+                f"{len(checked.all_zero):,} modules are zeros in the source itself, "
+                f"{checked.all_zero[0]} for one: an interrupted download looks like that",
+            )
+        )
+    return "\n".join(lines) + "\n"

@@ -84,5 +84,5 @@ def _find(model_type: object) -> Family:
 def _what_can_be_done() -> str:
     return (
         f"Known: {', '.join(sorted((*FAMILIES, *ALIASES)))}. `--generic` quantizes the weight "
-        "matrices by names and shapes alone, weight-only; `inspect` and `diff` work on anything"
+        "matrices by names and shapes alone; `inspect` and `diff` work on anything"
     )

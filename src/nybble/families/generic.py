@@ -100,7 +100,9 @@ def _module_role(words: list[str], module: str) -> str:
         return "embedding"
     if "norm" in module or module.startswith("ln"):
         return "norm"
-    if module == "gate" or "router" in module or module.endswith("_gate"):
+    if module in ("gate", "in_proj_a", "in_proj_b", "in_proj_ba") or "router" in module:
+        return "router"
+    if module.endswith("_gate"):
         return "router"
     return "other" if any("lora" in w or "adapter" in w for w in words) else ""
 

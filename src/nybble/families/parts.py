@@ -1,7 +1,7 @@
 """The parts that language models are made of, as claims: one fact stands in one place.
 
 A family file puts its list together from these functions; nothing here knows which family asks.
-Names and shapes: docs/formats.md; they are those of the published BF16 checkpoints.
+Names and shapes are those of the published BF16 checkpoints and of transformers.
 """
 
 from __future__ import annotations

@@ -30,6 +30,9 @@ SOURCES = ("pool.c", "block_quantize/cpu.c")
 # Contraction would round products twice on some machines and once on others; codes must not depend
 # on that. GCC's two keep it from spilling the candidates of the scale search (5 % of its speed).
 FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
+# zig compiles for the very machine it runs on unless told otherwise; the instruction sets that
+# are used are named at each kernel.
+ZIG_FLAGS = ("-mcpu=baseline",)
 GCC_FLAGS = ("-fschedule-insns", "-fno-tree-slp-vectorize")
 
 
@@ -46,7 +49,7 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for path in sorted([*FOLDER.rglob("*.c"), *FOLDER.rglob("*.h")]):
         digest.update(path.relative_to(FOLDER).as_posix().encode() + b"\0" + path.read_bytes())
-    digest.update(repr((FLAGS, GCC_FLAGS, platform.machine(), sys.platform)).encode())
+    digest.update(repr((FLAGS, GCC_FLAGS, ZIG_FLAGS, platform.machine(), sys.platform)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -88,7 +91,7 @@ def compile_library(compiler: list[str], target: Path) -> None:
         if is_zig:  # zig keeps a cache of its own, by default in the home folder
             environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path(folder) / "zig"))
             environment.setdefault("ZIG_LOCAL_CACHE_DIR", str(Path(folder) / "zig"))
-        extra = () if is_zig else GCC_FLAGS
+        extra = ZIG_FLAGS if is_zig else GCC_FLAGS
         for flags in (extra, ()):
             command = [*compiler, *FLAGS, *flags, *sources, "-o", str(out), "-lm"]
             result = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -160,8 +163,12 @@ def load() -> Library:
         log.warning("compiled kernels are not available: %s", origin)
         return Library(None, origin)
     try:
-        handle = ctypes.CDLL(str(path))
+        return Library(ctypes.CDLL(str(path)), origin)
+    except OSError as error:
+        log.warning("%s could not be loaded (%s): compiled anew", path, error)
+    path, origin = build(force=True)  # a file cut short by a crash would else stay for good
+    try:
+        return Library(ctypes.CDLL(str(path)) if path else None, origin)
     except OSError as error:
         log.warning("compiled kernels could not be loaded from %s: %s", path, error)
         return Library(None, f"{path} could not be loaded: {error}")
-    return Library(handle, origin)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from nybble.checkpoint.layout import Layout, Leaf, Listing
@@ -195,12 +195,10 @@ def make_plan(
     differ, or schemes that the layout cannot carry; FormatError for a weight that does not divide
     into blocks.
     """
-    notes = _refuse_quantized(checkpoint)
+    checkpoint.side_files()  # what cannot be carried over is refused now, not after hours of work
+    notes = [*_refuse_quantized(checkpoint), *_left_behind(checkpoint)]
     tensors = checkpoint.tensors
-    if generic:
-        family = generic_family({name: (t.dtype, t.shape) for name, t in tensors.items()})
-    else:
-        family = find_family(checkpoint.config)
+    family = _family(checkpoint, generic=generic)
     dimensions = family.dimensions(checkpoint.config)
     claims = {name: family.claim(name) for name in tensors}
     notes += _check_tensors(checkpoint, family, dimensions, claims)
@@ -229,9 +227,14 @@ def make_plan(
                 first = members[group][0].module
                 raise _split(recipe, group, first, draft.scheme, member.module, scheme)
             members[group].append(member)
+    _refuse_mixed_dtypes(tensors, members)
     _refuse_split_copies(recipe, drafts, copies, claims)
     _refuse_mixed_experts(recipe, drafts, members, copies, claims)
+    if generic:
+        # Its linears have one role: the rules of a recipe for others cannot all match.
+        used |= set(range(len(recipe.rules))) if used else set()
     _refuse_idle_rules(recipe, used, family, claims)
+    notes += _idle_globs(recipe, claims)
     if refusal := layout.refusal(list({id(j.scheme): j.scheme for j in drafts.values()}.values())):
         raise RecipeError(f"recipe {recipe.name}: {refusal}")
     if dimensions.tied and any("lm_head" in r.roles and r.scheme.weight for r in recipe.rules):
@@ -245,6 +248,59 @@ def make_plan(
         )
     jobs = tuple(Job(g, d.role, d.scheme, tuple(members[g])) for g, d in drafts.items())
     return Plan(checkpoint, family, dimensions, recipe, layout, jobs, tuple(copies), tuple(notes))
+
+
+def _family(checkpoint: Checkpoint, *, generic: bool) -> Family:
+    if generic:
+        shapes = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
+        return generic_family(shapes)
+    if not checkpoint.config:
+        raise ModelError(f"{checkpoint.path}: has no config.json; complete the download")
+    return find_family(checkpoint.config)
+
+
+def _left_behind(checkpoint: Checkpoint) -> list[str]:
+    return [
+        f"{name}: the index does not name it, so it is no part of the model and stays behind"
+        for name in checkpoint.unindexed
+    ]
+
+
+def _refuse_mixed_dtypes(
+    tensors: Mapping[str, TensorInfo], members: Mapping[str, Sequence[Member]]
+) -> None:
+    """Members of a fused group are done in one kernel call, which takes one dtype."""
+    for group, found in members.items():
+        first = tensors[found[0].source]
+        for m in found[1:]:
+            other = tensors[m.source]
+            if other is not first and other.dtype != first.dtype:
+                raise RecipeError(
+                    f"the fused group {group} holds {first.dtype} ({first.name}) and "
+                    f"{other.dtype} ({other.name}); bring them to one dtype, or leave both plain"
+                )
+
+
+def _idle_globs(recipe: Recipe, claims: Mapping[str, Claimed | None]) -> list[str]:
+    """A sentence for every path pattern that matches nothing beside others that do."""
+    notes = []
+    for rule in recipe.rules:
+        for glob in rule.modules:
+            one = replace(rule, modules=(glob,))
+            if not any(
+                one.matches(c.claim.role, module)
+                for c in claims.values()
+                if c is not None and c.claim.is_linear
+                for module in _module_names(c)
+            ):
+                notes.append(f"{glob!r} in the rule {rule} matches no linear of these roles")
+    return notes
+
+
+def _module_names(claimed: Claimed) -> list[str]:
+    if not claimed.claim.stack:
+        return [claimed.module]
+    return [f"{claimed.module}.0.{part}" for part in claimed.claim.stack]
 
 
 def _downgrades(

@@ -1,15 +1,16 @@
 """Recipes: ordered rules from roles to schemes, one TOML file each. Strict: what a reader would
 ignore is an error.
 
-title = "..."                 one line for tables
-kv_cache = "fp8"              optional: what the checkpoint declares for the KV cache (cast, no
-scale tensors)
+    title = "..."                 # one line for tables
+    kv_cache = "fp8"              # optional: what the checkpoint declares for the KV cache
 
-[[rule]]                      the first rule that names a module decides; what no rule names is
-copied roles = ["mlp", "attention"]  words of families/family.py modules = ["*.layers.0.*"]
-optional: only modules whose path matches one of these globs scheme = "nvfp4-w4a16"        a row of
-formats/scheme.py, or "bf16" to leave them as they are without_data = "bf16"         optional: the
-scheme where no activations were measured
+    [[rule]]                      # the first rule that names a module decides
+    roles = ["mlp", "attention"]  # words of families/family.py
+    modules = ["*.layers.0.*"]    # optional: only modules whose path matches one of these globs
+    scheme = "nvfp4-w4a16"        # a row of formats/scheme.py, or "bf16" to leave them alone
+    without_data = "bf16"         # optional: the scheme where no activations were measured
+
+What no rule names is copied.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from nybble.checkpoint.writer import (
     layout_shards,
     partial_folder,
 )
-from nybble.errors import RecipeError
+from nybble.errors import CheckpointError, RecipeError
 from nybble.formats import search as definition
 from nybble.formats.element import F32Array, U8Array
 from nybble.formats.search import Search
@@ -102,6 +102,11 @@ def execute(
         if job.scheme.weight is not None:
             definition.check_search(job.scheme.weight, options.search)
     disk = disk or Disk()
+    if JOURNAL in plan.checkpoint.side_files():
+        raise CheckpointError(
+            f"{plan.checkpoint.path}: holds a file {JOURNAL}, the name of a run's own record; "
+            "move it away"
+        )
     layout = layout_shards(plan.outputs, options.shard_bytes)
     work = units(plan)
     header = journal_header(plan, options, version)

@@ -3,7 +3,6 @@
 #include "pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <unistd.h>
 #ifdef __linux__
@@ -22,7 +21,7 @@ static struct {
   int64_t count;
   int wanted;              /* workers that take part in this job */
   _Atomic int64_t next;    /* the next index to take */
-  _Atomic int running;     /* workers that have not finished this job */
+  _Atomic uint32_t running; /* workers that have not finished this job */
   _Atomic uint32_t ticket; /* changes when a job starts: what sleeping workers wait for */
   uint32_t born[MAX_WORKERS]; /* the ticket when a worker was made: that job was not meant for it */
 } pool = {.callers = PTHREAD_MUTEX_INITIALIZER};
@@ -74,7 +73,7 @@ static void *worker(void *argument) {
     }
     seen = atomic_load(&pool.ticket);
     if (id < pool.wanted) take();
-    atomic_fetch_sub(&pool.running, 1);
+    if (atomic_fetch_sub(&pool.running, 1) == 1) wake_all(&pool.running);
   }
   return NULL;
 }
@@ -121,9 +120,12 @@ void nyb_parallel(nyb_task task, void *context, int64_t count, int threads) {
   atomic_fetch_add(&pool.ticket, 1);
   wake_all(&pool.ticket);
   take();
-  for (int spin = 0; atomic_load(&pool.running) > 0; spin++) {
+  /* A worker may have lost its core to somebody else, the thread that writes files for one: sleep, so that it can have
+   * this one. Spinning here cost half as much again as the work. */
+  uint32_t left;
+  for (int spin = 0; (left = atomic_load(&pool.running)) > 0; spin++) {
     if (spin < SPIN) relax();
-    else sched_yield();
+    else wait_while(&pool.running, left);
   }
   pthread_mutex_unlock(&pool.callers);
 }

@@ -363,7 +363,9 @@ def test_decode_and_compare_refuse_short_buffers(backend: str) -> None:
 
 def test_mapped_files_can_be_decoded(backend: str) -> None:
     codes, block_scales = buffers(64)
-    block_quantize.decode(NVFP4, ONE, [read_only(codes[0])], [read_only(block_scales[0])])
+    codes[0][:], block_scales[0][:] = 0x21, 0x38  # 0.5 and 1.0 in turn, scale 1
+    found = block_quantize.decode(NVFP4, ONE, [read_only(codes[0])], [read_only(block_scales[0])])
+    assert found[0].tolist() == [0.5, 1.0] * 32
 
 
 # --------------------------------------------------------------------------- processes

@@ -186,10 +186,7 @@ def _compare(
         tops = [_scale(plan, written, job, m) for m in job.members]
         _check_scales(job, tops, found)
         for m in job.members:
-            matrix = plan.checkpoint.array(m.source)
-            if m.expert is not None:
-                matrix = matrix[m.expert]
-            matrix = matrix[m.first_row : m.first_row + m.shape[0]]
+            matrix = m.matrix(plan.checkpoint)
             simple.setdefault((job.scheme.name, str(matrix.dtype)), []).append((job, m, matrix))
     for group in simple.values():
         fmt = group[0][0].scheme.weight

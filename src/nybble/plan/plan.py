@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nybble.checkpoint.layout import Layout, Leaf, Listing
 from nybble.checkpoint.reader import Checkpoint
 from nybble.checkpoint.safetensors import TensorInfo, TensorSpec, collector_paused
@@ -46,6 +49,13 @@ class Member:
     expert: int | None
     first_row: int
     shape: Shape
+
+    def matrix(self, checkpoint: Checkpoint) -> NDArray[np.generic]:
+        """Its rows in the mapped source, [N, K]."""
+        array = checkpoint.array(self.source)
+        if self.expert is not None:
+            array = array[self.expert]
+        return array[self.first_row : self.first_row + self.shape[0]]
 
 
 @dataclass(frozen=True, slots=True)

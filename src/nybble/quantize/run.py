@@ -14,7 +14,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nybble.checkpoint.disk import Disk
 from nybble.checkpoint.reader import Checkpoint
@@ -29,7 +28,7 @@ from nybble.errors import CheckpointError, RecipeError
 from nybble.formats import search as definition
 from nybble.formats.element import F32Array, U8Array
 from nybble.formats.search import Search
-from nybble.plan.plan import Copy, Job, Member, Plan
+from nybble.plan.plan import Copy, Job, Plan
 from nybble.progress import Progress
 from nybble.quantize.journal import Journal
 from nybble.quantize.scales import job_scales
@@ -241,9 +240,7 @@ class Run:
             self.checkpoint.will_need(name)
         search, threads = self.options.search, self.options.threads
         for batch in batches(self.plan, jobs):
-            matrices = {
-                m.module: member_matrix(self.checkpoint, m) for j in batch for m in j.members
-            }
+            matrices = {m.module: m.matrix(self.checkpoint) for j in batch for m in j.members}
             scales = job_scales(batch, matrices, self.plan.layout, search, threads)
             for tile in tiles(self.plan, batch, matrices):
                 self._tile(tile, scales)
@@ -330,14 +327,6 @@ class Run:
     def _drain(self, leave: int) -> None:
         while self.pending and (len(self.pending) > leave or self.pending[0].done()):
             self.pending.pop(0).result()
-
-
-def member_matrix(checkpoint: Checkpoint, member: Member) -> NDArray[np.generic]:
-    """The rows of a member in the mapped source, [N, K]."""
-    array = checkpoint.array(member.source)
-    if member.expert is not None:
-        array = array[member.expert]
-    return array[member.first_row : member.first_row + member.shape[0]]
 
 
 def _sources(jobs: Iterable[Job]) -> list[str]:

@@ -6,6 +6,12 @@
       RecipeError             1   a recipe, or what it asks for, makes no sense here
       ModelError              1   an architecture nybble does not know, or a tensor nobody claims
       KernelUnavailable       1   the kernel asked for cannot run on this machine
+      MissingExtra            1   a library that this command needs is not installed
+      TextError               1   a tokenizer, chat template or text that cannot be used
+      EngineError             1   a forward pass that must not go on
+        ContextTooLong        1   more tokens than the model or the cache holds
+        OutOfPages            1   the page pool is exhausted
+      EvaluationError         1   figures that must not be compared, or cannot be computed
       CheckFailed             3   what was written is not what was planned
       DoesNotFit              4   not enough disk or memory; nothing was started
 
@@ -41,6 +47,30 @@ class ModelError(NybbleError):
 
 class KernelUnavailable(NybbleError):
     """A kernel or instruction set was asked for by name and cannot run here."""
+
+
+class MissingExtra(NybbleError):
+    """A library of an extra is needed and not installed; the message names the extra."""
+
+
+class TextError(NybbleError):
+    """A tokenizer, chat template or text that cannot be used as asked."""
+
+
+class EngineError(NybbleError):
+    """A forward pass that must not go on: NaN activations, a state in the wrong place."""
+
+
+class ContextTooLong(EngineError):
+    """More tokens than the model's context, or the cache made for them, holds."""
+
+
+class OutOfPages(EngineError):
+    """The page pool has no page left for what was asked."""
+
+
+class EvaluationError(NybbleError):
+    """Figures that cannot be computed, or whose conditions forbid comparing them."""
 
 
 class CheckFailed(NybbleError):

@@ -26,7 +26,7 @@ from pathlib import Path
 log = logging.getLogger("nybble")
 
 FOLDER = Path(__file__).parent
-SOURCES = ("pool.c", "block_quantize/cpu.c")
+SOURCES = tuple(sorted(p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*.c")))
 # Contraction would round products twice on some machines and once on others; codes must not depend
 # on that. GCC's two keep it from spilling the candidates of the scale search (5 % of its speed).
 FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")

@@ -1,6 +1,6 @@
 """Which back end runs an operation, on which instruction set. Chosen once, said once, obeyed.
 
-`NYBBLE_KERNELS=reference|cpu` and `NYBBLE_ISA=avx512|avx2|portable` force a choice; asking for what
+`NYBBLE_KERNELS=reference|cpu` and `NYBBLE_ISA=avx512bf16|avx512|avx2|portable` force a choice; asking for what
 cannot run raises.
 """
 
@@ -16,7 +16,7 @@ from nybble.kernels.build import load
 
 log = logging.getLogger("nybble")
 
-ISAS = {"portable": 0, "avx2": 1, "avx512": 2}
+ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -69,26 +68,11 @@ static inline void widen(const char *source, int64_t at, int n, int dtype, float
 #include "decode.h"
 #endif
 
-int nyb_isa(void) {
-#if defined(__x86_64__)
-  unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return NYB_ISA_PORTABLE;
-  int fma = (c & bit_FMA) != 0;
-  unsigned low, high;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0)); /* which registers the system saves */
-  if ((low & 6) != 6 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return NYB_ISA_PORTABLE;
-  const unsigned wide = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
-  if ((low & 0xe6) == 0xe6 && (b & wide) == wide) return NYB_ISA_AVX512;
-  if (fma && (b & bit_AVX2)) return NYB_ISA_AVX2;
-#endif
-  return NYB_ISA_PORTABLE;
-}
-
 #if defined(__x86_64__)
 #define CALL(isa, function, ...)                                                       \
   do {                                                                                 \
-    if ((isa) == NYB_ISA_AVX512) function##_avx512(__VA_ARGS__);                       \
-    else if ((isa) == NYB_ISA_AVX2) function##_avx2(__VA_ARGS__);                      \
+    if ((isa) >= NYB_ISA_AVX512) function##_avx512(__VA_ARGS__);                       \
+    else if ((isa) >= NYB_ISA_AVX2) function##_avx2(__VA_ARGS__);                      \
     else function##_portable(__VA_ARGS__);                                             \
   } while (0)
 #else

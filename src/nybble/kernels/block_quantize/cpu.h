@@ -3,10 +3,11 @@
 #define NYB_BLOCK_QUANTIZE_H
 #include <stdint.h>
 
+#include "../isa.h"
+
 enum { NYB_BF16 = 0, NYB_F16 = 1, NYB_F32 = 2 };             /* source dtypes */
 enum { NYB_ABSMAX = 0, NYB_FOUR_SIX = 1, NYB_MSE = 2 };      /* scale searches */
 enum { NYB_NVFP4 = 0, NYB_MXFP4 = 1, NYB_FP8 = 2 };          /* formats */
-enum { NYB_ISA_PORTABLE = 0, NYB_ISA_AVX2 = 1, NYB_ISA_AVX512 = 2 };
 
 /* A contiguous run of a weight: `count` elements (a multiple of the block for four-bit formats). */
 typedef struct {
@@ -25,7 +26,6 @@ typedef struct {
   int64_t bad_scales; /* scale bytes that are zero, negative or NaN */
 } nyb_comparison;
 
-int nyb_isa(void); /* the best instruction set of this machine */
 void nyb_amax(const nyb_segment *segments, int64_t n, int dtype, uint32_t *amax_bits, int isa, int threads);
 void nyb_quantize(const nyb_segment *segments, int64_t n, int dtype, int format, int search, int isa, int threads);
 void nyb_decode(const nyb_segment *segments, int64_t n, int format, float *const *out, int isa, int threads);

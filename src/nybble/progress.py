@@ -22,11 +22,14 @@ class Progress:
     """What a long job tells the person in front of it. This base class is silent: the library's
     default."""
 
-    def stage(self, title: str, total_bytes: int) -> None:
-        """Begin a stage of total_bytes."""
+    def stage(self, title: str, total: int, unit: str = "bytes") -> None:
+        """Begin a stage of `total` units: bytes, or token layers."""
 
-    def advance(self, n_bytes: int, note: str = "") -> None:
-        """Count n_bytes as done; `note` names what was done last."""
+    def advance(self, count: int, note: str = "") -> None:
+        """Count so many units as done; `note` names what was done last."""
+
+    def say(self, line: str) -> None:
+        """A line that stays: what is about to happen, and what it needs."""
 
     def __enter__(self) -> Progress:
         return self
@@ -46,32 +49,38 @@ class Display(Progress):
     def __init__(self) -> None:
         self.is_terminal = sys.stderr.isatty()
         self.every_s = 0.1 if self.is_terminal else 5.0
-        self.title = ""
+        self.title, self.unit = "", "bytes"
         self.total = self.done = 0
         self.started = self.shown = time.monotonic()
         self.open_line = False
 
-    def stage(self, title: str, total_bytes: int) -> None:
+    def stage(self, title: str, total: int, unit: str = "bytes") -> None:
         """Begin a stage; it is announced at once."""
         self._end_line()
-        self.title, self.total, self.done = title, total_bytes, 0
+        self.title, self.unit, self.total, self.done = title, unit, total, 0
         self.started = time.monotonic()
         self._show("")
 
-    def advance(self, n_bytes: int, note: str = "") -> None:
-        """Count bytes; redraw when it is time."""
-        self.done += n_bytes
+    def advance(self, count: int, note: str = "") -> None:
+        """Count units; redraw when it is time."""
+        self.done += count
         if time.monotonic() - self.shown >= self.every_s or self.done >= self.total:
             self._show(note)
+
+    def say(self, line: str) -> None:
+        """A whole line on stderr."""
+        self._end_line()
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
     def _show(self, note: str) -> None:
         self.shown = now = time.monotonic()
         elapsed = max(now - self.started, 1e-9)
         share = self.done / self.total if self.total else 1.0
-        text = f"{self.title}: {share:4.0%} of {self.total / 2**30:.2f} GiB"
+        text = f"{self.title}: {share:4.0%} of {self._amount(self.total)}"
         if self.done:
             left = elapsed / self.done * (self.total - self.done)
-            text += f", {self.done / elapsed / 1e9:.2f} GB/s, {left:.0f} s left"
+            text += f", {self._rate(self.done / elapsed)}, {left:.0f} s left"
         if note:
             text += f"  {note}"
         if self.is_terminal:
@@ -80,6 +89,14 @@ class Display(Progress):
         else:
             sys.stderr.write(text + "\n")
         sys.stderr.flush()
+
+    def _amount(self, count: int) -> str:
+        return f"{count / 2**30:.2f} GiB" if self.unit == "bytes" else f"{count:,} {self.unit}"
+
+    def _rate(self, each_second: float) -> str:
+        if self.unit == "bytes":
+            return f"{each_second / 1e9:.2f} GB/s"
+        return f"{each_second:,.0f} {self.unit}/s"
 
     def _end_line(self) -> None:
         if self.open_line:

@@ -64,7 +64,8 @@ class Checkpoint:
     """A checkpoint folder: every tensor by name, its bytes mapped on first use.
 
     `tensors` is ordered by file name, then offset. `unindexed` names the safetensors files that the
-    index does not use; they are no part of the model. Several threads may read.
+    index does not use; they are no part of the model. `config_sha256` is of config.json's bytes.
+    Several threads may read.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class Checkpoint:
         self.config = config
         self.index_metadata = index_metadata
         self.unindexed = unindexed
-        self._config_sha256 = config_sha256
+        self.config_sha256 = config_sha256
         self._shard = {shard.name: shard for shard in shards}
         self._maps: dict[str, tuple[mmap.mmap, U8Array]] = {}
         self._is_closed = False
@@ -158,7 +159,7 @@ class Checkpoint:
         without its times is another source.
         """
         facts = [(s.name, s.header_sha256, s.size, s.mtime_ns) for s in self.shards]
-        return hashlib.sha256(json.dumps([facts, self._config_sha256]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([facts, self.config_sha256]).encode()).hexdigest()
 
     def side_files(self) -> list[str]:
         """Everything to carry over to another checkpoint of this model, as sorted relative names.

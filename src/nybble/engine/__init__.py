@@ -1,0 +1,1 @@
+"""Generating: requests in, tokens out. Its first form serves one sequence at a time."""

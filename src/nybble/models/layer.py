@@ -1,0 +1,59 @@
+"""A decoder layer: mixer and feed-forward, each behind a norm and beside a residual."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nybble.errors import EngineError
+from nybble.kernels.elementwise import rms_norm
+from nybble.kernels.paged_attention import Pages
+from nybble.models.attention import Attention
+from nybble.models.delta import GatedDelta
+from nybble.models.feed_forward import MLP, MixtureOfExperts
+from nybble.models.linear import Mode
+from nybble.models.network import Network
+from nybble.models.state import Batch, Cache
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """h = x + mixer(norm(x)); h + feed_forward(norm(h)). `name` is for messages."""
+
+    name: str
+    network: Network
+    mixer: Attention | GatedDelta
+    feed_forward: MLP | MixtureOfExperts
+    input_norm: Tensor
+    post_norm: Tensor
+
+    def __call__(self, x: Tensor, batch: Batch, cache: Cache, mode: Mode) -> Tensor:
+        """x float32 [T, H] -> float32 [T, H]. Raises EngineError, naming the place, for NaN."""
+        hidden = self._norm(x, self.input_norm, mode)
+        if isinstance(self.mixer, Attention):
+            assert isinstance(cache, Pages)
+            mixed = self.mixer(hidden, batch, cache, mode)
+        else:
+            assert not isinstance(cache, Pages)
+            mixed = self.mixer(hidden, batch, cache, mode)
+        x = x + self._checked(mixed, "mixer")
+        fed = self.feed_forward(self._norm(x, self.post_norm, mode), mode)
+        return x + self._checked(fed, "feed-forward")
+
+    def _norm(self, x: Tensor, weight: Tensor, mode: Mode) -> Tensor:
+        offset = self.network.architecture.norm_offset
+        return rms_norm(x, weight, self.network.eps, offset=offset, compute=mode.compute)
+
+    def _checked(self, x: Tensor, what: str) -> Tensor:
+        """The sum of finite numbers of this size is finite, so one pass tells."""
+        if not math.isfinite(float(x.sum())):
+            bad = x.isfinite().logical_not().any(-1).nonzero().reshape(-1)
+            if len(bad):
+                raise EngineError(
+                    f"{self.name}: the output of the {what} is NaN or infinite for {len(bad)} of "
+                    f"{len(x)} tokens, the first at row {int(bad[0])} of the batch: a weight or "
+                    "scale of this layer is damaged; `nybble inspect` and `nybble diff` show more"
+                )
+        return x

@@ -1,0 +1,95 @@
+"""A language model of a checkpoint: embedding, layers, norm, head, and the forward through them.
+
+Nothing is copied but vectors: opening a model costs the time to read headers. Layers are made when
+asked for; an engine keeps them, a stream lets each go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nybble.checkpoint.reader import Checkpoint
+from nybble.kernels.elementwise import rms_norm
+from nybble.models.layer import Layer
+from nybble.models.linear import Linear, Mode
+from nybble.models.loader import Weights
+from nybble.models.mtp import MtpHead
+from nybble.models.network import Network
+from nybble.models.state import Batch, PagePool, StatePool
+
+#: The number that the MTP layer has among the layers of a page pool.
+MTP_LAYER = -1
+
+
+class Model:
+    """The network of a checkpoint, ready to compute."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Raises ModelError for a model that nybble does not know or cannot compute."""
+        self.weights = Weights(checkpoint)
+        self.network: Network = self.weights.network
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """All layers of the trunk."""
+        return tuple(self.weights.layer(i) for i in range(self.network.dims.layers))
+
+    @cached_property
+    def mtp(self) -> MtpHead | None:
+        """The MTP head, if the model has one."""
+        return self.weights.mtp()
+
+    @cached_property
+    def head(self) -> Linear:
+        """The output head."""
+        return self.weights.head()
+
+    @cached_property
+    def final_norm(self) -> Tensor:
+        """The norm after the last layer."""
+        return self.weights.final_norm()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [T] -> float32 [T, H]."""
+        rows = self.weights.embedding()[tokens.numpy()]
+        return torch.from_numpy(rows.astype(np.float32))
+
+    def normed(self, hidden: Tensor, mode: Mode) -> Tensor:
+        """The final norm: what the head reads, float32 [T, H]."""
+        offset = self.network.architecture.norm_offset
+        return rms_norm(
+            hidden, self.final_norm, self.network.eps, offset=offset, compute=mode.compute
+        )
+
+    def forward(self, batch: Batch, pages: PagePool, states: StatePool, mode: Mode) -> Tensor:
+        """The final normed hidden states, float32 [T, H], of all tokens of the batch."""
+        hidden = self.embed(batch.tokens)
+        for i, layer in enumerate(self.layers):
+            cache = states.layers[i] if self.network.is_linear(i) else pages.layers[i]
+            hidden = layer(hidden, batch, cache, mode)
+        return self.normed(hidden, mode)
+
+    def logits(self, normed: Tensor, mode: Mode) -> Tensor:
+        """float32 [T, H] -> float32 [T, V]."""
+        return self.head(normed, mode)
+
+    def page_pool(
+        self, pages: int, page_tokens: int, dtype: str = "bf16", *, has_mtp: bool = False
+    ) -> PagePool:
+        """Pages for all attention layers, and the MTP layer where asked for."""
+        layers = [i for i in range(self.network.dims.layers) if not self.network.is_linear(i)]
+        return PagePool(
+            self.network, [*layers, *([MTP_LAYER] if has_mtp else [])], pages, page_tokens, dtype
+        )
+
+    def state_pool(self, slots: int) -> StatePool:
+        """Slots for all gated DeltaNet layers."""
+        return StatePool(self.network, self._linear_layers(), slots)
+
+    def _linear_layers(self) -> Iterable[int]:
+        return [i for i in range(self.network.dims.layers) if self.network.is_linear(i)]

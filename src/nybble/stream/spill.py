@@ -1,0 +1,144 @@
+"""Hidden states of all windows: in memory, or in files that a later run can go on from.
+
+On disk there are two generations, before and after the layer being computed, and a record of the
+last layer that is complete: an interruption costs that layer's work and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nybble.errors import CheckpointError
+
+_RECORD = "stream.json"
+
+
+class HiddenStates(Protocol):
+    """The hidden states of all windows, float32, a row a token."""
+
+    @property
+    def done(self) -> int:
+        """Layers that are complete; -1 before the embedding."""
+        ...
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows as the last complete layer left them."""
+        ...
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Rows of the layer being computed."""
+        ...
+
+    def complete(self, layer: int) -> None:
+        """All rows of this layer are written."""
+        ...
+
+
+class InMemory:
+    """One tensor; rows are replaced in place, for a layer reads only the rows it writes."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        self.rows = torch.empty((tokens, width))
+        self.done = -1
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """See HiddenStates."""
+        return self.rows[start:stop]
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """See HiddenStates."""
+        self.rows[start : start + len(rows)] = rows
+
+    def complete(self, layer: int) -> None:
+        """See HiddenStates."""
+        self.done = layer
+
+
+class OnDisk:
+    """Two files in a folder, and a record that names the run and the layer they are from."""
+
+    def __init__(self, folder: Path, tokens: int, width: int, run: str) -> None:
+        """`run` identifies model, text and settings: a folder of another run is refused.
+
+        Raises CheckpointError for that, and for a folder that cannot be written.
+        """
+        self.folder, self.run = folder, run
+        self.shape = (tokens, width)
+        self.done = -1
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._resume()
+            self.files = [self._open(i) for i in range(2)]
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot hold hidden states: {error}") from error
+
+    def _resume(self) -> None:
+        record = self.folder / _RECORD
+        if not record.exists():
+            return
+        try:
+            found = json.loads(record.read_text("utf-8"))
+            run, done = str(found["run"]), int(found["done"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{record}: is damaged ({error}); remove the folder") from error
+        if run != self.run:
+            raise CheckpointError(
+                f"{self.folder}: holds the hidden states of another run (other model, text or "
+                "settings); name another folder or remove this one"
+            )
+        self.done = done
+
+    def _open(self, i: int) -> np.memmap[tuple[int, int], np.dtype[np.float32]]:
+        file = self.folder / f"hidden-{i}.f32"
+        nbytes = int(np.prod(self.shape, dtype=np.int64)) * 4
+        if not file.exists() or file.stat().st_size != nbytes:
+            if self.done >= 0 and self.done % 2 == i:
+                raise CheckpointError(f"{file}: is not what its record says; remove {self.folder}")
+            with file.open("wb") as opened:
+                os.posix_fallocate(opened.fileno(), 0, max(nbytes, 1))
+            os.truncate(file, nbytes)
+        return np.memmap(file, dtype=np.float32, mode="r+", shape=self.shape)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """See HiddenStates."""
+        return torch.from_numpy(np.array(self.files[self.done % 2][start:stop]))
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """See HiddenStates."""
+        self.files[(self.done + 1) % 2][start : start + len(rows)] = rows.numpy()
+
+    def complete(self, layer: int) -> None:
+        """Flush, then record: what the record names is on disk."""
+        assert layer == self.done + 1
+        self.files[layer % 2].flush()
+        record = self.folder / (_RECORD + ".new")
+        with record.open("w", encoding="utf-8") as file:
+            json.dump({"run": self.run, "done": layer}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(record, self.folder / _RECORD)
+        self.done = layer
+
+    def remove(self) -> None:
+        """Delete the files; the folder too where nothing else is in it."""
+        self.files = []
+        for name in ("hidden-0.f32", "hidden-1.f32", _RECORD):
+            (self.folder / name).unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def offsets(lengths: Sequence[int]) -> list[int]:
+    """Where each window's rows begin, and the end of the last."""
+    found = [0]
+    for length in lengths:
+        found.append(found[-1] + length)
+    return found

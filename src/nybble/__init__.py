@@ -13,6 +13,11 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below is what runs
     from nybble.api.diff import diff as diff_checkpoints  # noqa: F401
     from nybble.api.doctor import Environment as Environment
     from nybble.api.doctor import doctor as describe_machine  # noqa: F401
+    from nybble.api.evaluate import Protocol as Protocol
+    from nybble.api.evaluate import evaluate as evaluate_checkpoint  # noqa: F401
+    from nybble.api.evaluate import perplexity as measure_perplexity  # noqa: F401
+    from nybble.api.evaluate import reference as make_reference  # noqa: F401
+    from nybble.api.generate import generate as generate_text  # noqa: F401
     from nybble.api.inspect import Inspection as Inspection
     from nybble.api.inspect import inspect as inspect_checkpoint  # noqa: F401
     from nybble.api.plan import plan as plan_checkpoint  # noqa: F401
@@ -20,12 +25,18 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below is what runs
     from nybble.api.quantize import quantize as quantize_checkpoint  # noqa: F401
     from nybble.errors import CheckFailed as CheckFailed
     from nybble.errors import CheckpointError as CheckpointError
+    from nybble.errors import ContextTooLong as ContextTooLong
     from nybble.errors import DoesNotFit as DoesNotFit
+    from nybble.errors import EngineError as EngineError
+    from nybble.errors import EvaluationError as EvaluationError
     from nybble.errors import FormatError as FormatError
     from nybble.errors import KernelUnavailable as KernelUnavailable
+    from nybble.errors import MissingExtra as MissingExtra
     from nybble.errors import ModelError as ModelError
     from nybble.errors import NybbleError as NybbleError
+    from nybble.errors import OutOfPages as OutOfPages
     from nybble.errors import RecipeError as RecipeError
+    from nybble.errors import TextError as TextError
     from nybble.plan.plan import Plan as Plan
 
 # Public name -> module and name there. The functions are not called `plan` or `quantize` here,
@@ -35,6 +46,11 @@ _WHERE = {
     "quantize_checkpoint": ("nybble.api.quantize", "quantize"),
     "inspect_checkpoint": ("nybble.api.inspect", "inspect"),
     "diff_checkpoints": ("nybble.api.diff", "diff"),
+    "measure_perplexity": ("nybble.api.evaluate", "perplexity"),
+    "evaluate_checkpoint": ("nybble.api.evaluate", "evaluate"),
+    "make_reference": ("nybble.api.evaluate", "reference"),
+    "generate_text": ("nybble.api.generate", "generate"),
+    "Protocol": ("nybble.api.evaluate", "Protocol"),
     "describe_machine": ("nybble.api.doctor", "doctor"),
     "Plan": ("nybble.plan.plan", "Plan"),
     "Result": ("nybble.api.quantize", "Result"),
@@ -49,6 +65,12 @@ _WHERE = {
     "KernelUnavailable": ("nybble.errors", "KernelUnavailable"),
     "CheckFailed": ("nybble.errors", "CheckFailed"),
     "DoesNotFit": ("nybble.errors", "DoesNotFit"),
+    "MissingExtra": ("nybble.errors", "MissingExtra"),
+    "TextError": ("nybble.errors", "TextError"),
+    "EngineError": ("nybble.errors", "EngineError"),
+    "ContextTooLong": ("nybble.errors", "ContextTooLong"),
+    "OutOfPages": ("nybble.errors", "OutOfPages"),
+    "EvaluationError": ("nybble.errors", "EvaluationError"),
 }
 
 __all__ = list(_WHERE)

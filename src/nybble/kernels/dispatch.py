@@ -1,7 +1,7 @@
 """Which back end runs an operation, on which instruction set. Chosen once, said once, obeyed.
 
-`NYBBLE_KERNELS=reference|cpu` and `NYBBLE_ISA=avx512bf16|avx512|avx2|portable` force a choice; asking for what
-cannot run raises.
+`NYBBLE_KERNELS=reference|cpu` and `NYBBLE_ISA=avx512bf16|avx512|avx2|portable` force a choice;
+asking for what cannot run raises.
 """
 
 from __future__ import annotations

@@ -1,0 +1,159 @@
+"""Causal softmax attention over a pool of pages, and the writing of keys and values into it.
+
+Knows positions, pages and heads; refuses to know rotary embeddings, norms, gates and whose the
+sequences are. A *page* holds `page_tokens` consecutive positions of one sequence for all key/value
+heads of one layer; a table says which page of the pool holds which positions. A batch is ragged:
+the new tokens of B sequences lie one after another, `starts` int32 [B + 1] says where each begins
+(starts[0] = 0, starts[B] = T), and `lengths` int32 [B] how many tokens each had before.
+
+`reference.py` is the definition, `cpu.py` calls the C kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nybble.errors import EngineError
+from nybble.kernels import dispatch
+from nybble.kernels.compute import Compute
+
+PAGE_DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """One layer's part of the page pool: keys and values, both contiguous
+    [pages, kv heads, page tokens, D] of one dtype, bfloat16 or float32."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def write(
+    k: Tensor, v: Tensor, pages: Pages, table: Tensor, starts: Tensor, lengths: Tensor
+) -> None:
+    """Append keys and values, float32 [T, Hkv, D], to the pages of their sequences, in place.
+
+    Token i of sequence b goes to position lengths[b] + i, that is to offset position % page_tokens
+    of page table[b, position // page_tokens]; BF16 pages round to nearest even. `table` is int32
+    [B, P], -1 where a sequence has no page. Raises EngineError for wrong shapes, and for a position
+    without a page, before anything is written.
+    """
+    _check_pages(pages)
+    heads, head_dim = pages.keys.shape[1], pages.keys.shape[3]
+    _check_tensor(k, "k", (k.shape[0], heads, head_dim))
+    _check_tensor(v, "v", (k.shape[0], heads, head_dim))
+    _check_batch(k.shape[0], pages, table, starts, lengths, None)
+    _backend().write(k, v, pages, table, starts, lengths)
+
+
+def attention(
+    q: Tensor,
+    pages: Pages,
+    table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    compute: Compute,
+) -> Tensor:
+    """softmax(q k^T * scale) v over the positions each query may see, float32 [T, Hq, D].
+
+    `q` is float32 [T, Hq, D]; the keys and values of the new tokens must be in the pages already
+    (see `write`). Token i of sequence b sees positions 0 .. lengths[b] + i, of which only the last
+    `window`, itself included, if window > 0; pages wholly before every window may be missing. Query
+    head h reads key/value head h // (Hq / Hkv). The arithmetic is float32 whatever the pages hold.
+    The C back end gives a query the same bits however its prompt was cut into chunks, whatever
+    else is in the batch, and for any page size and number of threads.
+
+    Source: Vaswani et al. 2017 (3.2.1), grouped as in Ainslie et al. 2023; softmax block by block
+    as in Dao et al. 2022 (FlashAttention, algorithm 1). Raises EngineError for wrong shapes and for
+    a visible position without a page.
+    """
+    _check_pages(pages)
+    heads, head_dim = pages.keys.shape[1], pages.keys.shape[3]
+    if q.ndim != 3 or q.shape[2] != head_dim or not q.shape[1] or q.shape[1] % heads:
+        raise EngineError(
+            f"attention: q must be [T, a multiple of {heads} heads, {head_dim}], "
+            f"found {list(q.shape)}"
+        )
+    _check_tensor(q, "q", tuple(q.shape))
+    if not scale > 0:
+        raise EngineError(f"attention: scale must be positive, found {scale}")
+    if window < 0:
+        raise EngineError(f"attention: window must be 0 (everything) or more, found {window}")
+    _check_batch(q.shape[0], pages, table, starts, lengths, window)
+    return _backend().attention(  # type: ignore[no-any-return]
+        q, pages, table, starts, lengths, scale, window, compute
+    )
+
+
+def _backend() -> ModuleType:
+    if dispatch.choose().backend == "cpu":
+        from nybble.kernels.paged_attention import cpu
+
+        return cpu
+    from nybble.kernels.paged_attention import reference
+
+    return reference
+
+
+def _check_tensor(
+    x: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> None:
+    if tuple(x.shape) != shape or x.dtype != dtype or not x.is_contiguous() or not x.is_cpu:
+        raise EngineError(
+            f"paged attention: {name} must be contiguous {dtype} {list(shape)} in main memory, "
+            f"found {x.dtype} {list(x.shape)}{'' if x.is_contiguous() else ', not contiguous'}"
+        )
+
+
+def _check_pages(pages: Pages) -> None:
+    keys = pages.keys
+    if keys.ndim != 4 or keys.dtype not in PAGE_DTYPES or 0 in keys.shape[1:]:
+        raise EngineError(
+            "paged attention: pages must be bfloat16 or float32 [pages, kv heads, page tokens, D], "
+            f"found {keys.dtype} {list(keys.shape)}"
+        )
+    _check_tensor(keys, "pages.keys", tuple(keys.shape), keys.dtype)
+    _check_tensor(pages.values, "pages.values", tuple(keys.shape), keys.dtype)
+
+
+def _check_batch(
+    tokens: int, pages: Pages, table: Tensor, starts: Tensor, lengths: Tensor, window: int | None
+) -> None:
+    """The kernels trust these numbers: a wrong one would be an address outside the pool.
+
+    window: None, only the new positions need pages; 0, all; n, those that some new token sees.
+    """
+    count = lengths.shape[0] if lengths.ndim == 1 else -1
+    _check_tensor(lengths, "lengths", (count,), torch.int32)
+    _check_tensor(starts, "starts", (count + 1,), torch.int32)
+    width = table.shape[1] if table.ndim == 2 else -1
+    _check_tensor(table, "table", (count, width), torch.int32)
+    begins, before, numbers = starts.tolist(), lengths.tolist(), table.tolist()
+    if begins[0] != 0 or begins[-1] != tokens or begins != sorted(begins):
+        raise EngineError(
+            f"paged attention: starts must rise from 0 to the {tokens} tokens, found {begins}"
+        )
+    pool, page_tokens = pages.keys.shape[0], pages.keys.shape[2]
+    for b, row in enumerate(numbers):
+        end = before[b] + begins[b + 1] - begins[b]
+        if before[b] < 0:
+            raise EngineError(f"paged attention: sequence {b} has length {before[b]}")
+        if end == before[b]:
+            continue
+        first = before[b] if window is None else max(0, before[b] - window + 1) if window else 0
+        needed = row[first // page_tokens : (end - 1) // page_tokens + 1]
+        wanted = (end - 1) // page_tokens + 1 - first // page_tokens
+        if len(needed) < wanted or min(needed) < 0 or max(needed) >= pool:
+            raise EngineError(
+                f"paged attention: sequence {b} needs pages of {page_tokens} tokens for positions "
+                f"{first} to {end - 1}, but its row of the table has {needed} for them "
+                f"(expected {wanted} numbers from 0 to {pool - 1}); take pages first"
+            )

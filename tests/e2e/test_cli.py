@@ -116,10 +116,10 @@ def test_neither_import_nor_help_loads_numpy() -> None:
     assert "numpy" not in imported_by("from nybble.cli import main; main()", "quantize", "--help")
 
 
-def test_no_command_loads_torch(model: Path, tmp_path: Path) -> None:
+def test_nothing_that_runs_no_model_loads_torch(model: Path, tmp_path: Path) -> None:
     run = "from nybble.cli import main; main()"
     for argv in (
-        ("quantize", str(model), str(tmp_path / "out"), "--json"),
+        ("quantize", str(model), str(tmp_path / "out"), "--data-free", "--json"),
         ("inspect", str(tmp_path / "out")),
     ):
         found = imported_by(run, *argv)
@@ -144,7 +144,8 @@ def test_the_chat_model_from_a_shell(tmp_path: Path, layout: str) -> None:
     before = tiny.tree(path)
     out = tmp_path / "chat-nvfp4"
     answer = process(
-        *("-m", "nybble", "quantize", "chat", "chat-nvfp4", "--layout", layout, "--json"),
+        *("-m", "nybble", "quantize", "chat", "chat-nvfp4", "--data-free"),
+        *("--layout", layout, "--json"),
         cwd=tmp_path,
     )
     assert answer.returncode == 0, answer.stderr
@@ -183,17 +184,17 @@ def test_text_of_a_plan_has_every_role_and_the_hub_figure(ask: Ask, model: Path)
     assert answer.code == 0
     assert "hub sidebar" in answer.out
     assert "active" in answer.out
-    assert "in BF16" in answer.out or "stay" in answer.out  # the data-free form
+    assert "in BF16" in answer.out  # the data-free form
     document = json.loads(ask("plan", model, "--json").out)
     for row in document["rows"]:
         assert row["role"] in answer.out
     assert f"{document['bytes']:,} bytes" in answer.out
 
 
-def test_a_recipe_that_cannot_run_is_planned_and_said_to_be_so(ask: Ask, model: Path) -> None:
+def test_a_recipe_without_a_data_free_form_is_said_to_be_one(ask: Ask, model: Path) -> None:
     answer = ask("plan", model, "--recipe", "nvfp4-w4a4")
     assert answer.code == 0
-    assert "cannot run: nvfp4-w4a4 quantizes activations with measured scales" in answer.out
+    assert "no such form: nvfp4-w4a4 quantizes activations with measured scales" in answer.out
     assert json.loads(ask("plan", model, "-r", "nvfp4-w4a4", "--json").out)["data_free"] is None
 
 
@@ -211,8 +212,9 @@ def test_planned_bytes_of_a_dry_run_are_those_of_the_run(
     ask: Ask, tmp_path: Path, model: Path
 ) -> None:
     planned = json.loads(ask("plan", model, "--data-free", "--json").out)
-    dry = json.loads(ask("quantize", model, tmp_path / "o", "--dry-run", "--json").out)
-    real = json.loads(ask("quantize", model, tmp_path / "o", "--json").out)
+    run = ("quantize", model, tmp_path / "o", "--data-free", "--json")
+    dry = json.loads(ask(*run, "--dry-run").out)
+    real = json.loads(ask(*run).out)
     assert planned["bytes"] == dry["bytes"] == real["bytes"] == real["audit"]["bytes"]
 
 
@@ -234,7 +236,7 @@ def test_json_has_no_infinity(ask: Ask, tmp_path: Path) -> None:
     for value in values.values():
         value[:] = 0
     path = tiny.write(tmp_path / "m", cfg, values)
-    answer = ask("quantize", path, tmp_path / "out", "--json")
+    answer = ask("quantize", path, tmp_path / "out", "--data-free", "--json")
     assert answer.code == 0
 
     def refuse(word: str) -> None:
@@ -249,7 +251,7 @@ def test_a_relative_output_beside_the_source(
 ) -> None:
     tiny.checkpoint(tmp_path / "m", "qwen3")
     monkeypatch.chdir(tmp_path)
-    assert ask("quantize", "m", "m-nvfp4").code == 0
+    assert ask("quantize", "m", "m-nvfp4", "--data-free").code == 0
     assert (tmp_path / "m-nvfp4" / "config.json").exists()
 
 
@@ -283,8 +285,11 @@ def test_errors_are_1_and_one_line(ask: Ask, tmp_path: Path, model: Path) -> Non
     for arguments, words in (
         (["plan", tmp_path / "nowhere"], ("nowhere: no such folder", "download")),
         (["quantize", model, out, "-r", "fp8"], ("fp8-dynamic", "--layout compressed-tensors")),
-        (["quantize", model, out, "-r", "nvfp4-w4a4"], ("input_scale", "nvfp4-all")),
-        (["quantize", model, model], ("exists and is not empty",)),
+        (
+            ["quantize", model, out, "--data-free", "-r", "nvfp4-w4a4"],
+            ("input_scale", "nvfp4-all"),
+        ),
+        (["quantize", model, model, "--data-free"], ("exists and is not empty",)),
         (["plan", model, "--data-free", "-r", "nvfp4-redhat"], ("nvfp4-redhat", "measure")),
     ):
         answer = ask(*arguments)
@@ -320,7 +325,7 @@ def test_an_output_that_exists_is_an_error_that_says_what_to_do(
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("x")
-    answer = ask("quantize", model, out)
+    answer = ask("quantize", model, out, "--data-free")
     assert answer.code == 1
     assert f"{out}: exists and is not empty; name another output, or remove it" in answer.err
     assert tiny.tree(tmp_path) == {"out/precious": b"x"}
@@ -339,7 +344,7 @@ def test_failed_verification_is_3(
             file.write_bytes(data.replace(norm, bytes(len(norm))))
 
     monkeypatch.setattr(api, "execute", spoil)
-    answer = ask("quantize", model, tmp_path / "out")
+    answer = ask("quantize", model, tmp_path / "out", "--data-free")
     assert answer.code == 3
     assert "model.language_model.norm.weight differs from its source" in answer.err
     assert "Do not use this folder" in answer.err
@@ -349,7 +354,7 @@ def test_what_does_not_fit_is_4(
     ask: Ask, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Disk, "free_bytes", lambda self, path: 4096)
-    answer = ask("quantize", model, tmp_path / "out")
+    answer = ask("quantize", model, tmp_path / "out", "--data-free")
     assert answer.code == 4
     assert "free space or name another disk" in answer.err
     assert list(tmp_path.iterdir()) == []
@@ -385,7 +390,7 @@ def test_a_run_that_is_stopped_goes_on_with_resume(
     tmp_path: Path, model: Path, sign: signal.Signals, code: int, ask: Ask
 ) -> None:
     out = tmp_path / "out"
-    arguments = ["quantize", str(model), str(out), "--shard-size", "60KB"]
+    arguments = ["quantize", str(model), str(out), "--shard-size", "60KB", "--data-free"]
     running = subprocess.Popen(
         [sys.executable, "-c", SLOW_RUN, *arguments],
         env=ENVIRONMENT,
@@ -413,7 +418,8 @@ def test_a_run_that_is_stopped_goes_on_with_resume(
     assert 'search: "mse" then, "absmax" now' in other.err
     assert ask(*arguments, "--resume").code == 0
     assert not (tmp_path / "out.partial").exists()
-    assert ask("quantize", model, tmp_path / "clean", "--shard-size", "60KB").code == 0
+    clean = ("quantize", model, tmp_path / "clean", "--shard-size", "60KB", "--data-free")
+    assert ask(*clean).code == 0
     assert tiny.tree(out) == tiny.tree(tmp_path / "clean")
 
 
@@ -453,7 +459,7 @@ def test_forced_kernels_that_cannot_run_are_an_error(
     ask: Ask, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NYBBLE_KERNELS", "cuda")
-    answer = ask("quantize", model, tmp_path / "out")
+    answer = ask("quantize", model, tmp_path / "out", "--data-free")
     assert answer.code == 1
     assert "NYBBLE_KERNELS=cuda: unknown back end; choose cpu or reference" in answer.err
 

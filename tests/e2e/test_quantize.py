@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import nybble.api.quantize as api
 import nybble.quantize.run as run_module
 import nybble.quantize.tiles as tiles_module
 import tiny
-from nybble.api.quantize import Result, quantize
+from nybble.api.quantize import Result
 from nybble.checkpoint.disk import Disk
 from nybble.errors import CheckFailed, CheckpointError, DoesNotFit, FormatError, RecipeError
 from nybble.formats.block import FORMATS, FP8_BLOCK, FP8_CHANNEL, MXFP4, NVFP4
@@ -31,6 +32,9 @@ from nybble.formats.search import SEARCHES, Search, block_amax, tensor_scale
 from nybble.formats.search import quantize as define
 from nybble.kernels.dispatch import choose
 from nybble.plan.recipe import parse_recipe
+
+#: What measured scales change is tested in tests/unit/test_input_scales.py.
+quantize = partial(api.quantize, data_free=True)
 
 #: Recipes that run without data, in the layouts that carry them.
 RUNS = [
@@ -542,7 +546,7 @@ def test_a_plan_with_measured_scales_is_not_executed(tmp_path: Path) -> None:
     from nybble.progress import Progress
 
     found = plan(tiny.checkpoint(tmp_path / "m", "qwen3_5_moe"), "nvfp4-w4a4")
-    with pytest.raises(RecipeError, match=r"experts\.0:gate_up: nvfp4-w4a4 needs a measured"):
+    with pytest.raises(RecipeError, match=r"experts\.0\.gate_proj: nvfp4-w4a4 needs a measured"):
         run_module.execute(
             found, tmp_path / "out", run_module.Options(), version="1", progress=Progress()
         )
@@ -599,6 +603,6 @@ def test_what_is_written_wrongly_fails_the_audit(
 
 
 def test_formats_are_all_covered_here() -> None:
-    """FP8 per tensor needs measured scales and waits for calibration; every other format ran
-    above."""
+    """FP8 per tensor needs measured scales (tests/unit/test_input_scales.py); every other format
+    ran above."""
     assert set(FORMATS) == {"nvfp4", "mxfp4", "fp8", "fp8_channel", "fp8_block"}

@@ -9,12 +9,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.engine.request import SamplingParams
-from nybble.engine.sampler import gumbel, keep, sample
+from nybble.engine.sampler import gumbel, keep
+from nybble.engine.sampler import sample as choose
 from nybble.errors import EngineError
+from nybble.kernels.compute import Compute
 
+COMPUTE = Compute("bf16", 1)
 DRAWS = 4000
 #: Chi-square of 6 degrees of freedom at a probability of 1e-6: a right sampler fails once in 1e6.
 CHI_SQUARE_6 = 38.3
+
+
+def sample(logits: torch.Tensor, params: SamplingParams, position: int, choice: int = 0) -> int:
+    return choose(logits, params, position, COMPUTE, choice).token
+
+
+def test_the_log_probability_is_the_model_s_own() -> None:
+    logits = torch.tensor([0.5, 2.0, -1.0])
+    expected = torch.log_softmax(logits.double(), -1)
+    for temperature in (0.0, 3.0):
+        found = choose(logits, SamplingParams(temperature=temperature), 1, COMPUTE)
+        assert found.logprob == pytest.approx(float(expected[found.token]), abs=1e-6)
 
 
 def test_greedy_is_the_likeliest() -> None:

@@ -34,7 +34,8 @@ def plan(
 ) -> Plan:
     """The plan of a recipe for a local checkpoint folder; headers without data will do.
 
-    `data_free` plans what a run without measured activations writes. Raises as `make_plan` does.
+    `data_free` plans what a run without measured activations writes; RecipeError if the recipe has
+    no such form. Raises as `make_plan` does.
     """
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     if data_free:
@@ -49,7 +50,7 @@ def data_free_form(found: Plan, *, generic: bool = False) -> Plan | None:
 
     The plan itself, where it needs no data.
     """
-    if not found.recipe.needs_data:
+    if not found.needs_data:
         return found
     try:
         return make_plan(
@@ -68,7 +69,7 @@ def as_json(found: Plan, data_free: Plan | None) -> dict[str, object]:
         "recipe": found.recipe.name,
         "layout": found.layout.name,
         **asdict(totals(found)),
-        "needs_data": found.recipe.needs_data,
+        "needs_data": found.needs_data,
         "data_free": None if data_free is None or data_free is found else asdict(totals(data_free)),
         "rows": [
             {

@@ -3,30 +3,48 @@ it."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
 
 import nybble
+from nybble.api.generate import needs_torch
 from nybble.api.plan import find_layout, totals
+from nybble.calibrate.scales import HEADROOM, InputAmax, check_headroom, input_scales
 from nybble.check.audit import Audit, audit
 from nybble.checkpoint.disk import Disk
 from nybble.checkpoint.reader import Checkpoint
-from nybble.checkpoint.writer import SHARD_BYTES, partial_folder
-from nybble.errors import CheckpointError
+from nybble.checkpoint.writer import JOURNAL, SHARD_BYTES, partial_folder
+from nybble.errors import CheckpointError, RecipeError, TextError
 from nybble.formats.search import Search
 from nybble.kernels.dispatch import choose, default_threads
 from nybble.plan.plan import Plan, make_plan
 from nybble.plan.recipe import Recipe, load_recipe
 from nybble.progress import Progress
-from nybble.quantize.run import Options, execute
+from nybble.quantize.input_scales import InputScales, stored_input_scales
+from nybble.quantize.run import Options, execute, refuse_start
+
+#: Tokens of the measurement: ModelOpt found the choice and amount of text to matter little, and
+#: 8,192 show each of 256 experts some 256 tokens (8 are active at a time).
+CALIBRATION_TOKENS = 8192
+
+Measure = Callable[[Plan, Progress], InputAmax]
+Stage = Literal["dry run", "fresh", "interrupted", "written"]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was made: the plan, the audit of what was written, and what it cost."""
+    """What was made: the plan, the audit of what was written, and what it cost.
+
+    `input_scales` is None where no module stores one, after a dry run, and where a finished folder
+    was only verified.
+    """
 
     out: Path
     plan: Plan
@@ -38,6 +56,8 @@ class Result:
     audit_cpu_seconds: float
     kernels: str
     threads: int
+    input_scales: InputScales | None = None
+    measure_seconds: float = 0.0  # before `seconds` begin; 0 where a resumed run had its scales
 
     def as_json(self) -> dict[str, object]:
         """The JSON document `nybble.quantize/1`."""
@@ -51,6 +71,8 @@ class Result:
             "search": self.search,
             **asdict(totals(self.plan)),
             "notes": list(self.plan.notes),
+            "input_scales": _scales_json(self.input_scales),
+            "measure_seconds": self.measure_seconds,
             "seconds": self.seconds,
             "audit_seconds": self.audit_seconds,
             "cpu_seconds": self.cpu_seconds,
@@ -63,6 +85,7 @@ class Result:
                 "bytes": checked.payload_bytes,
                 "copied_identical": checked.copied,
                 "copied_by_role": checked.copied_by_role,
+                "input_scales": checked.input_scales,
                 "sqnr_db": checked.sqnr_db,
                 "by_role": [
                     {
@@ -79,6 +102,22 @@ class Result:
         }
 
 
+def _scales_json(scales: InputScales | None) -> dict[str, object] | None:
+    if scales is None:
+        return None
+    return {
+        "modules": len(scales.values),
+        "smallest": min(scales.values.values()),
+        "largest": max(scales.values.values()),
+        "headroom": scales.headroom,
+        "tokens": scales.tokens,
+        "calibration": scales.calibration,
+        "fallbacks": len(scales.fallbacks),
+        "fallbacks_by_layer": scales.fallbacks_by_layer,
+        "sha256": scales.sha256,
+    }
+
+
 def quantize(
     model: str | PathLike[str],
     out: str | PathLike[str],
@@ -91,50 +130,170 @@ def quantize(
     dry_run: bool = False,
     resume: bool = False,
     generic: bool = False,
+    data_free: bool = False,
+    calibration_text: str | PathLike[str] | None = None,
+    calibration_tokens: int | None = None,
+    headroom: float | None = None,
+    measure: Measure | None = None,
     progress: Progress | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     disk: Disk | None = None,
 ) -> Result:
-    """Quantize a local checkpoint folder into a new folder `out`, without calibration data.
+    """Quantize a local checkpoint folder into a new folder `out`.
+
+    A recipe with static input scales has them measured first: a forward pass of the source over
+    `calibration_tokens` tokens (default CALIBRATION_TOKENS) of the file `calibration_text`
+    (default: the project's own mixture), the largest magnitudes times `headroom` (default
+    HEADROOM). `measure` replaces that pass. `data_free` measures nothing and makes the recipe's
+    form without such scales. A resumed run goes on with the scales it began with.
 
     `jobs` threads (default: all processors), shards of `shard_size` decimal bytes. With `dry_run`
-    nothing is written. `on_plan` is called before the work begins. The result is audited before
-    this returns. Raises RecipeError for a recipe without a data-free form, CheckFailed if the audit
-    finds anything, and what planning and writing raise.
+    nothing is measured or written. `on_plan` is called before the work begins. The result is
+    audited before this returns. Raises, before anything is written, MissingExtra where measuring
+    needs a library that is not installed, and RecipeError for a recipe without the data-free form
+    asked for, or calibration options where nothing is measured; CheckFailed if the audit finds
+    anything; and what planning, measuring and writing raise.
     """
     progress = progress or Progress()
     threads = jobs or default_threads()
-    chosen = (load_recipe(recipe) if isinstance(recipe, str) else recipe).without_data()
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    if data_free:
+        chosen = chosen.without_data()
+    asked = _calibration(calibration_text, calibration_tokens, headroom, measure, threads)
     target = Path(out)
     _refuse_inside(Path(model), target)
+    stage = _stage(target, dry_run=dry_run, resume=resume)
+    options = Options(search, shard_size, threads, resume)
     with Checkpoint.open(Path(model), headers_only=dry_run) as checkpoint:
         made = make_plan(checkpoint, chosen, find_layout(layout), generic=generic)
+        if not made.needs_data and asked != _calibration(None, None, None, measure, threads):
+            raise RecipeError(
+                f"recipe {chosen.name}{' without data' if data_free else ''} stores no input scale "
+                "here, so a calibration text, its tokens and a headroom have no effect; leave them "
+                "out"
+            )
+        must_measure = made.needs_data and stage == "fresh"
+        if must_measure and measure is None:
+            _refuse_missing(made)
         if on_plan is not None:
             on_plan(made)
-        began = written = ended = _clocks()
+        clocks = [_clocks()]
+        scales = None
+        if must_measure:
+            refuse_start(made, target, options, disk=disk)
+            scales = asked.run(made, progress)
+        elif stage == "interrupted":
+            scales = asked.over(stored_input_scales(target, disk=disk))
+        clocks.append(_clocks())
+        if stage in ("fresh", "interrupted"):
+            execute(
+                made,
+                target,
+                options,
+                version=nybble.__version__,
+                progress=progress,
+                input_scales=scales,
+                disk=disk,
+            )
+        clocks.append(_clocks())
         checked = None
-        if not dry_run:
-            options = Options(search, shard_size, threads, resume)
-            # A run that was interrupted while it verified has nothing left to do but that.
-            if not (resume and target.is_dir() and not partial_folder(target).exists()):
-                execute(
-                    made, target, options, version=nybble.__version__, progress=progress, disk=disk
-                )
-            written = _clocks()
-            checked = audit(made, target, threads=threads, progress=progress)
-            ended = _clocks()
-        return Result(
-            target,
-            made,
-            checked,
-            search,
-            seconds=written[0] - began[0],
-            audit_seconds=ended[0] - written[0],
-            cpu_seconds=written[1] - began[1],
-            audit_cpu_seconds=ended[1] - written[1],
-            kernels=str(choose()),
-            threads=threads,
-        )
+        if stage != "dry run":
+            values = scales.values if scales else None
+            checked = audit(made, target, threads=threads, progress=progress, input_scales=values)
+        clocks.append(_clocks())
+    wall, cpu = (np.diff([clock[i] for clock in clocks]).tolist() for i in (0, 1))
+    return Result(
+        target,
+        made,
+        checked,
+        search,
+        seconds=wall[1],
+        audit_seconds=wall[2],
+        cpu_seconds=cpu[1],
+        audit_cpu_seconds=cpu[2],
+        kernels=str(choose()),
+        threads=threads,
+        input_scales=scales,
+        measure_seconds=wall[0] if must_measure else 0.0,
+    )
+
+
+def _stage(target: Path, *, dry_run: bool, resume: bool) -> Stage:
+    if dry_run:
+        return "dry run"
+    if resume and (partial_folder(target) / JOURNAL).exists():
+        return "interrupted"
+    # A run that was interrupted while it verified has nothing left to do but that.
+    if resume and target.is_dir() and not partial_folder(target).exists():
+        return "written"
+    return "fresh"
+
+
+@dataclass(frozen=True, slots=True)
+class _Calibration:
+    """What was asked of the measurement; `text` None is the project's own mixture."""
+
+    text: str | None
+    tokens: int
+    headroom: float
+    measure: Measure | None
+    threads: int
+
+    def __str__(self) -> str:
+        if self.text is None:
+            return f"{self.tokens:,} tokens of the project's mixture"
+        digest = hashlib.sha256(self.text.encode()).hexdigest()[:16]
+        return f"{self.tokens:,} tokens of a text with sha256 {digest}"
+
+    def run(self, plan: Plan, progress: Progress) -> InputScales:
+        """Measure, and make scales of it."""
+        if self.measure is not None:
+            measured = self.measure(plan, progress)
+        else:
+            from nybble.calibrate.amax import measure_amax
+
+            measured = measure_amax(
+                plan, text=self.text, tokens=self.tokens, threads=self.threads, progress=progress
+            )
+        return replace(input_scales(plan, measured, self.headroom), calibration=str(self))
+
+    def over(self, stored: InputScales | None) -> InputScales | None:
+        """Stored scales as if asked for now: the journal refuses what it was not asked for then."""
+        if stored is None:
+            return None
+        return replace(stored, headroom=self.headroom, calibration=str(self))
+
+
+def _calibration(
+    text: str | PathLike[str] | None,
+    tokens: int | None,
+    headroom: float | None,
+    measure: Measure | None,
+    threads: int,
+) -> _Calibration:
+    tokens = CALIBRATION_TOKENS if tokens is None else tokens
+    if tokens < 1:
+        raise TextError(f"{tokens} calibration tokens; at least one is needed")
+    headroom = HEADROOM if headroom is None else float(headroom)
+    check_headroom(headroom)
+    content = None
+    if text is not None:
+        try:
+            content = Path(text).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TextError(f"calibration text {text} cannot be read: {error}") from None
+    return _Calibration(content, tokens, headroom, measure, threads)
+
+
+def _refuse_missing(plan: Plan) -> None:
+    """Raise MissingExtra where the model cannot be run, with the ways out that this recipe has."""
+    try:
+        plan.recipe.without_data()
+    except RecipeError:
+        otherwise = ", or choose a recipe that measures nothing (nvfp4-all)"
+    else:
+        otherwise = ", or --data-free, which leaves out what needs measured scales"
+    needs_torch(f"measuring the input scales of recipe {plan.recipe.name}", otherwise)
 
 
 def _clocks() -> tuple[float, float]:

@@ -1,13 +1,13 @@
 """The self-audit: a written checkpoint, opened afresh, held against its plan and its source.
 
-Names, dtypes, shapes and bytes; scales finite and positive; fused members with one tensor scale;
-copies byte for byte; and the error of every quantized weight, decoded from the file. Nothing of the
-run that wrote it is trusted.
+Names, dtypes, shapes and bytes; scales finite and positive; fused members with one tensor scale and
+one input scale; copies byte for byte; and the error of every quantized weight, decoded from the
+file. Nothing of the run that wrote it is trusted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, isfinite, log10
 from pathlib import Path
@@ -21,7 +21,8 @@ from nybble.formats.block import FP8_BLOCK, FP8_CHANNEL, MXFP4, NVFP4
 from nybble.formats.element import F32Array
 from nybble.formats.tensor import BlockScaledTensor
 from nybble.kernels import block_quantize
-from nybble.plan.plan import Job, Member, Plan
+from nybble.plan.jobs import Job, Member
+from nybble.plan.plan import Plan
 from nybble.progress import Progress
 
 CHUNK = 64 << 20
@@ -60,6 +61,7 @@ class Audit:
     copied_by_role: dict[str, int] = field(default_factory=dict)
     errors: list[RoleError] = field(default_factory=list)
     all_zero: list[str] = field(default_factory=list)  # modules whose source is zeros alone
+    input_scales: int = 0  # modules whose stored input_scale was looked at
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -75,9 +77,20 @@ def decibel(energy: float, error: float) -> float:
     return 10 * log10(energy / error) if error > 0 and energy > 0 else inf
 
 
-def audit(plan: Plan, out: Path, *, threads: int, progress: Progress) -> Audit:
-    """Open `out` and hold it against the plan and the source. Raises CheckFailed with the first
-    problems found."""
+def audit(
+    plan: Plan,
+    out: Path,
+    *,
+    threads: int,
+    progress: Progress,
+    input_scales: Mapping[str, float] | None = None,
+) -> Audit:
+    """Open `out` and hold it against the plan and the source.
+
+    `input_scales` by module are what the file must hold; None where they are not known any more:
+    they must be finite, positive and equal in fused groups then. Raises CheckFailed with the first
+    problems found.
+    """
     found = Audit()
     with Checkpoint.open(out) as written:
         _check_names(plan, written, found)
@@ -85,6 +98,9 @@ def audit(plan: Plan, out: Path, *, threads: int, progress: Progress) -> Audit:
             total = sum(t.nbytes for t in plan.checkpoint.tensors.values())
             progress.stage("verify", total)
             _check_copies(plan, written, found, progress)
+            for job in plan.jobs:
+                if job.scheme.needs_input_scale:
+                    _check_input_scales(plan, written, job, input_scales, found)
             _check_jobs(plan, written, found, threads, progress)
     if found.problems:
         raise CheckFailed(
@@ -129,6 +145,34 @@ def _check_copies(plan: Plan, written: Checkpoint, found: Audit, progress: Progr
         plan.checkpoint.drop_pages(name)
         written.drop_pages(name)
         progress.advance(len(before), name)
+
+
+def _check_input_scales(
+    plan: Plan,
+    written: Checkpoint,
+    job: Job,
+    given: Mapping[str, float] | None,
+    found: Audit,
+) -> None:
+    values = set()
+    for m in job.members:
+        leaf = next(x for x in plan.leaves(job.scheme, m.shape) if x.part == "input_scale")
+        stored = written.array(f"{m.module}.{leaf.suffix}")
+        value = float(plan.layout.load(leaf, stored))
+        values.add(value)
+        found.input_scales += 1
+        if not (isfinite(value) and value > 0):
+            found.problems.append(f"{m.module}: its input scale is not finite and positive")
+        elif given is not None:
+            # What this container makes of the value: a divisor, or BF16.
+            expected = plan.layout.store(leaf, np.asarray(given[m.module], dtype=np.float32))
+            if stored.tobytes() != expected.tobytes():
+                wanted = float(plan.layout.load(leaf, expected))
+                found.problems.append(
+                    f"{m.module}: holds an input scale of {value:g}, measured was {wanted:g}"
+                )
+    if len(values) > 1:
+        found.problems.append(f"{job.name}: its members have different input scales")
 
 
 def _check_jobs(

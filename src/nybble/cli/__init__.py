@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 import nybble
-from nybble.cli import diff, doctor, inspect, kernels, plan, quantize
+from nybble.cli import diff, doctor, evaluate, generate, inspect, kernels, plan, quantize
 from nybble.errors import NybbleError
 
 app = typer.Typer(
     name="nybble",
-    help="Four-bit LLM checkpoints: plan, quantize, inspect, compare.",
+    help="Four-bit LLM checkpoints: plan, quantize, inspect, compare, measure, generate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,6 +26,10 @@ app.command("plan")(plan.command)
 app.command("quantize")(quantize.command)
 app.command("inspect")(inspect.command)
 app.command("diff")(diff.command)
+app.command("perplexity")(evaluate.perplexity)
+app.command("eval")(evaluate.evaluate)
+app.command("reference")(evaluate.reference)
+app.command("generate")(generate.command)
 app.command("doctor")(doctor.command)
 app.add_typer(kernels.app, name="kernels")
 
@@ -46,7 +50,7 @@ def _options(
         typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Four-bit LLM checkpoints: plan, quantize, inspect, compare."""
+    """Four-bit LLM checkpoints: plan, quantize, inspect, compare, measure, generate."""
 
 
 def main() -> None:

@@ -23,6 +23,10 @@ RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A recipe's name, or a .toml file.")
 ]
 LayoutName = Annotated[str, typer.Option("--layout", help="modelopt or compressed-tensors.")]
+DataFree = Annotated[
+    bool,
+    typer.Option("--data-free", help="Measure no input scales: the recipe's form without them."),
+]
 Generic = Annotated[
     bool, typer.Option("--generic", help="Unknown model type: weight-only, by shapes and names.")
 ]
@@ -32,9 +36,7 @@ def command(
     model: Model,
     recipe: RecipeName = "nvfp4",
     layout: LayoutName = "modelopt",
-    data_free: Annotated[
-        bool, typer.Option("--data-free", help="Plan what a run without calibration data writes.")
-    ] = False,
+    data_free: DataFree = False,
     generic: Generic = False,
     json: JsonFlag = False,
     output_format: OutputFormat = "text",
@@ -71,7 +73,7 @@ def check_words(recipe: str, layout: str) -> None:
 
 
 def render(found: Plan, without_data: Plan | None) -> str:
-    """The plan as text."""
+    """The plan as text, and what its data-free form would be, where that is another one."""
     from nybble.api.plan import totals
     from nybble.cli.output import amount, billions, labelled, table
 
@@ -118,8 +120,10 @@ def render(found: Plan, without_data: Plan | None) -> str:
             f"{len(found.copies):,} go over byte for byte",
         ),
     ]
-    if found.recipe.needs_data:
-        lines.append(labelled("without data", _without_data(found, without_data)))
+    if found.needs_data:
+        lines.append(labelled("measured", _measured(found)))
+        if without_data is not found:
+            lines.append(labelled("without data", _without_data(found, without_data)))
     lines += [labelled("note", note) for note in found.notes]
     return "\n".join(lines) + "\n"
 
@@ -141,17 +145,30 @@ def _why_not_four(found: Plan) -> str:
     return f"{'; '.join(parts)}; {plain} stay as they are"
 
 
+def _measured(found: Plan) -> str:
+    modules = sum(len(j.members) for j in found.jobs if j.scheme.needs_input_scale)
+    schemes = dict.fromkeys(j.scheme.name for j in found.jobs if j.scheme.needs_input_scale)
+    return (
+        f"the input scales of {modules:,} modules ({', '.join(schemes)}), in a short forward pass "
+        "over text: needs the torch extra"
+    )
+
+
 def _without_data(found: Plan, without_data: Plan | None) -> str:
     from nybble.cli.output import amount
 
     if without_data is None:
-        return f"cannot run: {found.recipe.name} quantizes activations with measured scales"
-    kept = {r.role: r.bytes for r in without_data.rows if not r.scheme.weight}
-    roles = [r for r in found.rows if r.scheme.needs_input_scale and r.role in kept]
-    what = ", ".join(
-        f"{r.role} ({amount(kept[r.role])} instead of {amount(r.bytes)})" for r in roles
-    )
+        return f"no such form: {found.recipe.name} quantizes activations with measured scales"
+    parts = []
+    for role in dict.fromkeys(r.role for r in found.rows if r.scheme.needs_input_scale):
+        measured = [r for r in found.rows if r.role == role]
+        free = [r for r in without_data.rows if r.role == role]
+        formats = dict.fromkeys(r.scheme.name if r.scheme.weight else "BF16" for r in free)
+        parts.append(
+            f"{role} in {', '.join(formats)} ({amount(sum(r.bytes for r in free))} instead of "
+            f"{amount(sum(r.bytes for r in measured))})"
+        )
     return (
-        f"{what} stay in BF16, because static FP8 needs measured input scales: "
-        f"{amount(without_data.payload_bytes)} ({without_data.payload_bytes:,} bytes)"
+        f"with --data-free: {', '.join(parts)}; {amount(without_data.payload_bytes)} "
+        f"({without_data.payload_bytes:,} bytes)"
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nybble.cli.output import JsonFlag, OutputFormat, wants_json
-from nybble.cli.plan import Generic, LayoutName, Model, RecipeName
+from nybble.cli.plan import DataFree, Generic, LayoutName, Model, RecipeName
 
 if TYPE_CHECKING:
     from nybble.api.quantize import Result
@@ -37,10 +37,32 @@ def command(
         bool, typer.Option("--resume", help="Continue an interrupted run; same bytes in the end.")
     ] = False,
     generic: Generic = False,
+    data_free: DataFree = False,
+    calibration_text: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text to measure input scales on; default: the project's own mixture.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens to measure them on; default: 8192."),
+    ] = None,
+    headroom: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0, help="Room above the largest measured inputs, as a factor; default: 2."
+        ),
+    ] = None,
     json: JsonFlag = False,
     output_format: OutputFormat = "text",
 ) -> None:
-    """Quantize a checkpoint folder without calibration data, and verify what was written."""
+    """Quantize a checkpoint folder, and verify what was written.
+
+    Static FP8 and W4A4 have their input scales measured first, in a short forward pass that needs
+    the torch extra; --data-free goes without.
+    """
     from nybble.api.quantize import quantize
     from nybble.cli.output import parse_bytes, write_json
     from nybble.cli.plan import check_words
@@ -68,6 +90,10 @@ def command(
             dry_run=dry_run,
             resume=resume,
             generic=generic,
+            data_free=data_free,
+            calibration_text=calibration_text,
+            calibration_tokens=calibration_tokens,
+            headroom=headroom,
             progress=progress,
             on_plan=None if is_json else _show_plan,
         )
@@ -110,6 +136,7 @@ def render(result: Result) -> str:
         "",
         f"{result.out}: written and opened again",
         table(head, rows, right=(2, 3, 4)),
+        *_input_scales(result),
         labelled(
             "verified",
             f"{checked.tensors:,} tensors, {checked.payload_bytes:,} bytes as planned; scales "
@@ -135,3 +162,29 @@ def render(result: Result) -> str:
             )
         )
     return "\n".join(lines) + "\n"
+
+
+def _input_scales(result: Result) -> list[str]:
+    """How the input scales were measured; no line where there are none."""
+    from nybble.cli.output import labelled
+
+    scales, checked = result.input_scales, result.audit
+    if scales is None:
+        if checked is None or not checked.input_scales:
+            return []
+        found = f"{checked.input_scales:,} modules, finite, positive, equal in fused groups"
+        return [labelled("input scales", f"{found}; not measured by this run")]
+    when = "as the interrupted run measured them"
+    if result.measure_seconds:
+        when = f"measured in {result.measure_seconds:.1f} s"
+    text = (
+        f"{len(scales.values):,} modules, largest magnitudes on {scales.tokens:,} tokens times "
+        f"{scales.headroom:g}, {when} ({scales.calibration})"
+    )
+    if by_layer := scales.fallbacks_by_layer:
+        most = max(by_layer, key=lambda layer: by_layer[layer])
+        text += (
+            f"; {len(scales.fallbacks):,} modules of experts without a token took the maximum of "
+            f"their layer (most in {most}: {by_layer[most]:,})"
+        )
+    return [labelled("input scales", text)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from nybble.engine.request import SamplingParams, Token
@@ -55,8 +54,8 @@ class Engine:
         stream = self.tokenizer.stream()
         eos = frozenset() if params.ignore_eos else self.tokenizer.eos_ids
         for made in range(1, most + 1):
-            token = sample(logits, params, state.length)
-            logprob = float(torch.log_softmax(logits.double(), -1)[token])
+            chosen = sample(logits, params, state.length, self.mode.compute)
+            token, logprob = chosen.token, chosen.logprob
             if token in eos:
                 yield Token(token, stream.finish(), logprob, "stop")
                 return

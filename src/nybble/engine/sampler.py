@@ -9,6 +9,8 @@ Source: Philox (Salmon et al., SC 2011), numpy's implementation.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,21 +18,35 @@ from torch import Tensor
 
 from nybble.engine.request import SamplingParams
 from nybble.errors import EngineError
+from nybble.kernels.compute import Compute
+from nybble.kernels.vocabulary import log_likelihood
 
 
-def sample(logits: Tensor, params: SamplingParams, position: int, choice: int = 0) -> int:
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token, and its log-probability under the model itself, without temperature or filters."""
+
+    token: int
+    logprob: float
+
+
+def sample(
+    logits: Tensor, params: SamplingParams, position: int, compute: Compute, choice: int = 0
+) -> Choice:
     """The token that follows `position` tokens of a sequence; logits float32 [V].
 
     Raises EngineError if they are NaN.
     """
-    if torch.isnan(logits).any():
+    found = log_likelihood(logits[None], torch.zeros(1, dtype=torch.int64), compute)
+    log_sum, top = float(found.log_sum[0]), int(found.top[0])
+    if log_sum != log_sum:
         raise EngineError(f"the logits after {position} tokens are NaN; the checkpoint is damaged")
-    if params.temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.double() / params.temperature
-    kept = keep(scaled, params)
-    noise = torch.from_numpy(gumbel(params.seed, choice, position, len(logits)))
-    return int(torch.where(kept, scaled + noise, -torch.inf).argmax())
+    if params.temperature > 0:
+        scaled = logits.double() / params.temperature
+        kept = keep(scaled, params)
+        noise = torch.from_numpy(gumbel(params.seed, choice, position, len(logits)))
+        top = int(torch.where(kept, scaled + noise, -torch.inf).argmax())
+    return Choice(top, float(logits[top]) - log_sum)
 
 
 def keep(scaled: Tensor, params: SamplingParams) -> Tensor:

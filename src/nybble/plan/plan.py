@@ -12,9 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
-
 from nybble.checkpoint.layout import Layout, Leaf, Listing
 from nybble.checkpoint.reader import Checkpoint
 from nybble.checkpoint.safetensors import TensorInfo, TensorSpec, collector_paused
@@ -22,59 +19,22 @@ from nybble.errors import ModelError, RecipeError
 from nybble.families import Claimed, Dimensions, Family, find_family, generic_family
 from nybble.formats.block import Shape
 from nybble.formats.scheme import BF16, Scheme
+from nybble.plan.jobs import Copy, Job, Member
 from nybble.plan.recipe import Recipe
-
-#: Dtypes a weight may have to be quantized.
-FLOATS = ("BF16", "F16", "F32")
-#: Leaves that only a quantized module has.
-QUANTIZED_LEAVES = frozenset(
-    ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_packed", "weight_global_scale")
-    + ("qweight", "qzeros", "scales", "gate_up_proj_scale", "down_proj_scale")
+from nybble.plan.refusals import (
+    check_quantizable,
+    check_tensors,
+    refuse_idle_rules,
+    refuse_mixed_dtypes,
+    refuse_mixed_experts,
+    refuse_quantized,
+    refuse_split_copies,
+    split_refusal,
 )
+
 #: Roles that a decoded token does not read: the embedding is a look-up, the others are other
 #: models' work.
 NOT_PER_TOKEN = ("embedding", "vision", "mtp")
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One matrix [N, K] of the source and the module it becomes.
-
-    `source` is the tensor's name, `expert` its place in a stack [E, rows, K] or None, `first_row`
-    where it begins.
-    """
-
-    module: str
-    source: str
-    expert: int | None
-    first_row: int
-    shape: Shape
-
-    def matrix(self, checkpoint: Checkpoint) -> NDArray[np.generic]:
-        """Its rows in the mapped source, [N, K]."""
-        array = checkpoint.array(self.source)
-        if self.expert is not None:
-            array = array[self.expert]
-        return array[self.first_row : self.first_row + self.shape[0]]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """The members of one fused group (or one lone matrix): they share a tensor scale and are done
-    together."""
-
-    name: str
-    role: str
-    scheme: Scheme
-    members: tuple[Member, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """A tensor that goes over byte for byte."""
-
-    tensor: TensorInfo
-    role: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +117,14 @@ class Plan:
         return tuple(specs)
 
     @cached_property
+    def needs_data(self) -> bool:
+        """Some module has a stored input_scale, which only a measurement can give.
+
+        Of the plan, not of the recipe: a rule for roles that this checkpoint lacks needs none.
+        """
+        return any(job.scheme.needs_input_scale for job in self.jobs)
+
+    @cached_property
     def payload_bytes(self) -> int:
         """Bytes of all tensors of the result, headers not counted."""
         return sum(row.bytes for row in self.rows)
@@ -206,12 +174,12 @@ def make_plan(
     into blocks.
     """
     checkpoint.side_files()  # what cannot be carried over is refused now, not after hours of work
-    notes = [*_refuse_quantized(checkpoint), *_left_behind(checkpoint)]
+    notes = [*refuse_quantized(checkpoint), *_left_behind(checkpoint)]
     tensors = checkpoint.tensors
     family = _family(checkpoint, generic=generic)
     dimensions = family.dimensions(checkpoint.config)
     claims = {name: family.claim(name) for name in tensors}
-    notes += _check_tensors(checkpoint, family, dimensions, claims)
+    notes += check_tensors(checkpoint, family, dimensions, claims)
 
     used: set[int] = set()
     drafts: dict[str, Job] = {}
@@ -227,7 +195,7 @@ def make_plan(
         if not any(s.weight for s in chosen):
             copies.append(Copy(tensor, claimed.claim.role))
             continue
-        _check_quantizable(tensor, found, chosen)
+        check_quantizable(tensor, found, chosen)
         for (group, member), scheme in zip(found, chosen, strict=True):
             draft = drafts.get(group)
             if draft is None:
@@ -235,15 +203,15 @@ def make_plan(
                 members[group] = []
             elif draft.scheme is not scheme:
                 first = members[group][0].module
-                raise _split(recipe, group, first, draft.scheme, member.module, scheme)
+                raise split_refusal(recipe, group, first, draft.scheme, member.module, scheme)
             members[group].append(member)
-    _refuse_mixed_dtypes(tensors, members)
-    _refuse_split_copies(recipe, drafts, copies, claims)
-    _refuse_mixed_experts(recipe, drafts, members, copies, claims)
+    refuse_mixed_dtypes(tensors, members)
+    refuse_split_copies(recipe, drafts, copies, claims)
+    refuse_mixed_experts(recipe, drafts, members, copies, claims)
     if generic:
         # Its linears have one role: the rules of a recipe for others cannot all match.
         used |= set(range(len(recipe.rules))) if used else set()
-    _refuse_idle_rules(recipe, used, family, claims)
+    refuse_idle_rules(recipe, used, family, claims)
     notes += _idle_globs(recipe, claims)
     if refusal := layout.refusal(list({id(j.scheme): j.scheme for j in drafts.values()}.values())):
         raise RecipeError(f"recipe {recipe.name}: {refusal}")
@@ -274,21 +242,6 @@ def _left_behind(checkpoint: Checkpoint) -> list[str]:
         f"{name}: the index does not name it, so it is no part of the model and stays behind"
         for name in checkpoint.unindexed
     ]
-
-
-def _refuse_mixed_dtypes(
-    tensors: Mapping[str, TensorInfo], members: Mapping[str, Sequence[Member]]
-) -> None:
-    """Members of a fused group are done in one kernel call, which takes one dtype."""
-    for group, found in members.items():
-        first = tensors[found[0].source]
-        for m in found[1:]:
-            other = tensors[m.source]
-            if other is not first and other.dtype != first.dtype:
-                raise RecipeError(
-                    f"the fused group {group} holds {first.dtype} ({first.name}) and "
-                    f"{other.dtype} ({other.name}); bring them to one dtype, or leave both plain"
-                )
 
 
 def _idle_globs(recipe: Recipe, claims: Mapping[str, Claimed | None]) -> list[str]:
@@ -337,81 +290,14 @@ def _downgrades(
                     plain = m.shape[0] * m.shape[1] * tensor.nbytes // tensor.size
                     now += sum(leaf.nbytes for leaf in leaves) or plain
                     wanted += sum(leaf.nbytes for leaf in layout.leaves(rule.wanted, m.shape))
+        if not roles:
+            continue
         kept = "stay as they are" if rule.scheme.weight is None else f"become {rule.scheme}"
         notes.append(
             f"{', '.join(roles)} {kept}: {now:,} bytes instead of {wanted:,} as {rule.wanted}, "
-            "whose input scales must be measured with calibration data; this run has none"
+            "whose input scales are measured with text; the data-free form measures none"
         )
     return notes
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> list[str]:
-    """Raise if the file holds quantized weights; a note if only config.json says so."""
-    section = checkpoint.config.get("quantization_config")
-    method = section.get("quant_method", "?") if isinstance(section, Mapping) else ""
-    marks = [n for n in checkpoint.tensors if n.rpartition(".")[2] in QUANTIZED_LEAVES]
-    if marks:
-        says = f"quant_method {method}" if method else "nothing of it in config.json"
-        raise RecipeError(
-            f"{checkpoint.path}: is quantized already ({marks[0]}{_more(marks)}; {says}); "
-            "quantizing it again would add its errors to new ones. Start from the BF16 original"
-        )
-    if section is None:
-        return []
-    return [
-        f"config.json has a quantization_config ({method}), but the file holds plain weights: it "
-        "is taken for a leftover and replaced"
-    ]
-
-
-def _check_tensors(
-    checkpoint: Checkpoint,
-    family: Family,
-    dimensions: Dimensions,
-    claims: Mapping[str, Claimed | None],
-) -> list[str]:
-    """Raise for unclaimed, contradicting and missing tensors; return notes on an MTP head or a
-    tower that is absent."""
-    unclaimed = [name for name, claimed in claims.items() if claimed is None]
-    if unclaimed:
-        more = _more(unclaimed)
-        raise ModelError(
-            f"{checkpoint.path}: no rule of the family {family.model_type} claims tensor "
-            f"{unclaimed[0]!r}{more}; nothing is dropped or guessed. If the file is right, the "
-            "family is missing a fact: please report it. `--generic` plans by names and shapes "
-            "alone"
-        )
-    # What is copied anyway may contradict the configuration: it is said, and stays as it is.
-    copied = {n for n, c in claims.items() if c is not None and c.claim.role in ("mtp", "vision")}
-    shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
-    trunk_shapes = {name: shape for name, shape in shapes.items() if name not in copied}
-    if problems := family.contradictions(trunk_shapes, dimensions):
-        raise ModelError(f"{checkpoint.path}: {problems[0]}{_more(problems)}")
-    notes = []
-    if problems := family.contradictions({n: shapes[n] for n in copied}, dimensions):
-        notes.append(f"{problems[0]}{_more(problems)}; copied as it is")
-    absent = family.missing(checkpoint.tensors, dimensions)
-    side: dict[str, list[str]] = {"mtp": [], "vision": []}
-    trunk: list[str] = []
-    for name in absent:
-        claimed = family.claim(name)
-        side.get(claimed.claim.role if claimed else "", trunk).append(name)
-    if trunk:
-        raise ModelError(
-            f"{checkpoint.path}: config.json promises {trunk[0]!r}, and no shard holds it"
-            f"{_more(trunk)}; the download or an earlier tool lost it"
-        )
-    words = {"mtp": "an MTP head", "vision": "a vision tower"}
-    return notes + [
-        f"config.json promises {words[role]}, and the checkpoint lacks {len(names)} of its tensors "
-        f"({names[0]}, ...): the result lacks them too, and engines that use them will fail"
-        for role, names in side.items()
-        if names
-    ]
-
-
-def _more(found: Sequence[str]) -> str:
-    return f" (and {len(found) - 1} more)" if len(found) > 1 else ""
 
 
 def _members(claimed: Claimed, tensor: TensorInfo) -> list[tuple[str, Member]]:
@@ -451,94 +337,6 @@ def _schemes(
             used.add(at)
         chosen.append(BF16 if at is None else recipe.rules[at].scheme)
     return chosen
-
-
-def _check_quantizable(
-    tensor: TensorInfo, found: Sequence[tuple[str, Member]], chosen: Sequence[Scheme]
-) -> None:
-    """Raise unless all matrices of a tensor are quantized, from floats, in whole blocks."""
-    plain = [m.module for (_, m), s in zip(found, chosen, strict=True) if s.weight is None]
-    if plain:
-        raise RecipeError(
-            f"tensor {tensor.name} holds {len(found)} matrices, and the recipe quantizes only some "
-            f"of them ({plain[0]} stays); a stacked tensor is quantized whole or not at all"
-        )
-    if tensor.dtype not in FLOATS:
-        raise RecipeError(
-            f"tensor {tensor.name} is {tensor.dtype}; only {', '.join(FLOATS)} weights can be "
-            "quantized"
-        )
-    shapes = {m.shape for _, m in found}
-    for scheme in {id(s): s for s in chosen}.values():
-        for shape in shapes:
-            if scheme.weight is not None:
-                scheme.weight.check_shape(shape, f"tensor {tensor.name}")
-
-
-def _split(
-    recipe: Recipe, group: str, first: str, first_scheme: Scheme, second: str, second_scheme: Scheme
-) -> RecipeError:
-    return RecipeError(
-        f"recipe {recipe.name} splits the fused group {group}: {first} would be {first_scheme}, "
-        f"{second} {second_scheme}. Engines run them as one matmul with one scheme; give all "
-        "members the same"
-    )
-
-
-def _refuse_split_copies(
-    recipe: Recipe,
-    jobs: Mapping[str, Job],
-    copies: Sequence[Copy],
-    claims: Mapping[str, Claimed | None],
-) -> None:
-    for copy in copies:
-        claimed = claims[copy.tensor.name]
-        if claimed is None or not claimed.claim.is_linear or claimed.group_key not in jobs:
-            continue
-        job = jobs[claimed.group_key]
-        quantized = next(
-            n for n, c in claims.items() if c and c.group_key == job.name and n != copy.tensor.name
-        )
-        raise _split(recipe, job.name, quantized, job.scheme, copy.tensor.name, BF16)
-
-
-def _refuse_mixed_experts(
-    recipe: Recipe,
-    jobs: Mapping[str, Job],
-    members: Mapping[str, Sequence[Member]],
-    copies: Sequence[Copy],
-    claims: Mapping[str, Claimed | None],
-) -> None:
-    """Engines build all experts of a layer alike, and the configuration files say one thing of
-    them."""
-    seen: dict[str, tuple[str, Scheme]] = {}
-    experts = [
-        (members[g][0].module, j.scheme) for g, j in jobs.items() if j.role == "routed_expert"
-    ]
-    plain = [claims[c.tensor.name] for c in copies if c.role == "routed_expert"]
-    for module, scheme in (*experts, *((c.module, BF16) for c in plain if c)):
-        container = module.partition(".experts")[0]
-        first, its_scheme = seen.setdefault(container, (module, scheme))
-        if scheme is not its_scheme:
-            raise RecipeError(
-                f"recipe {recipe.name}: the experts of {container} would be quantized differently: "
-                f"{first} {its_scheme}, {module} {scheme}. Engines build all experts of a layer "
-                "alike; give them one scheme"
-            )
-
-
-def _refuse_idle_rules(
-    recipe: Recipe, used: set[int], family: Family, claims: Mapping[str, Claimed | None]
-) -> None:
-    for i, rule in enumerate(recipe.rules):
-        if i in used:
-            continue
-        linear = sorted({c.claim.role for c in claims.values() if c and c.claim.is_linear})
-        raise RecipeError(
-            f"recipe {recipe.name}: the rule {rule} matches no linear of this {family.model_type} "
-            f"checkpoint, whose linears have the roles {', '.join(linear)}; a rule without effect "
-            "is taken for a mistake"
-        )
 
 
 def _active_share(role: str, dimensions: Dimensions) -> float:

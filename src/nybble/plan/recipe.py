@@ -73,10 +73,10 @@ class Recipe:
         lacking = [r for r in self.rules if r.scheme.needs_input_scale and r.without_data is None]
         if lacking:
             raise RecipeError(
-                f"recipe {self.name}: {lacking[0]} quantizes activations with a measured "
-                "input_scale, and this run measures none; a made-up scale would silently ruin "
-                "answers. Use a weight-only recipe (nvfp4, nvfp4-all) or one with dynamic "
-                "activations (fp8)"
+                f"recipe {self.name} has no data-free form: {lacking[0]} quantizes activations "
+                "with a measured input_scale, and a made-up one would silently ruin answers. Let "
+                "it be measured (without --data-free), or use a weight-only recipe (nvfp4-all, "
+                "nvfp4 --data-free) or one with dynamic activations (fp8)"
             )
         return replace(self, rules=tuple(_downgraded(r) for r in self.rules))
 

@@ -19,6 +19,7 @@ from nybble.errors import CheckpointError
 
 SCHEMA = "nybble.journal/1"
 _LIMIT = 1 << 30  # bytes read back; a unit takes some 60, a run has 100,000 at most
+_SHOWN = 5  # fields of a header that differs; input scales are one each
 
 
 class Journal:
@@ -104,6 +105,14 @@ class Journal:
         self.close()
 
 
+def read_header(path: Path, *, disk: Disk) -> dict[str, object]:
+    """What the run of this journal began with, its journal left as it is.
+
+    Raises CheckpointError if the journal is damaged.
+    """
+    return _parse(disk.read(path, _LIMIT), path)[0][0]
+
+
 def _with_schema(header: Mapping[str, object]) -> dict[str, object]:
     """The header as it comes back from the file: tuples are lists there."""
     value = json.loads(json.dumps({"schema": SCHEMA, **header}))
@@ -164,8 +173,10 @@ def _check_header(then: dict[str, object], now: dict[str, object], path: Path) -
     keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
     if keys:
         shown = "; ".join(
-            f"{k}: {before.get(k, 'absent')} then, {after.get(k, 'absent')} now" for k in keys
+            f"{k}: {before.get(k, 'absent')} then, {after.get(k, 'absent')} now"
+            for k in keys[:_SHOWN]
         )
+        shown += f" (and {len(keys) - _SHOWN} more)" if len(keys) > _SHOWN else ""
         raise CheckpointError(
             f"{path}: the interrupted run differs from this one in {shown}; "
             f"run with the same source and options, or remove {path.parent} and start again"

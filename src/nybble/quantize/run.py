@@ -1,12 +1,14 @@
 """Executing a plan: one source tensor (or fused group) at a time, into a journalled writer.
 
 Sources are mapped, results go through a few tile buffers (tiles.py), and a background thread writes
-one while the next is filled. Every value is checked before it is quantized (scales.py).
+one while the next is filled. Every value is checked before it is quantized (scales.py), every
+measured scale before anything is written (input_scales.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +26,14 @@ from nybble.checkpoint.writer import (
     layout_shards,
     partial_folder,
 )
-from nybble.errors import CheckpointError, RecipeError
+from nybble.errors import CheckpointError, DoesNotFit
 from nybble.formats import search as definition
 from nybble.formats.element import F32Array, U8Array
 from nybble.formats.search import Search
-from nybble.plan.plan import Copy, Job, Plan
+from nybble.plan.jobs import Copy, Job
+from nybble.plan.plan import Plan
 from nybble.progress import Progress
+from nybble.quantize.input_scales import KEY, InputScales, check_input_scales
 from nybble.quantize.journal import Journal
 from nybble.quantize.scales import job_scales
 from nybble.quantize.tiles import TILE_BYTES, Buffers, Piece, batches, fill, tiles
@@ -88,39 +92,36 @@ def execute(
     *,
     version: str,
     progress: Progress,
+    input_scales: InputScales | None = None,
     disk: Disk | None = None,
 ) -> None:
     """Write the checkpoint that the plan describes to `out`.
 
-    Raises RecipeError if the plan needs measured input scales; FormatError for NaN or infinities,
-    naming tensor and index; CheckpointError and DoesNotFit from the writer. What an interruption
-    leaves in OUT.partial is continued with `options.resume`, and ends with the same bytes.
+    `input_scales` are the measured scales of a plan that `needs_data`. Raises RecipeError if they
+    are not what it needs; FormatError for NaN or infinities, naming tensor and index;
+    CheckpointError and DoesNotFit from the writer. What an interruption leaves in OUT.partial is
+    continued with `options.resume` and the same scales (`stored_input_scales`), and ends with the
+    same bytes.
     """
-    _refuse_static(plan)
-    for job in plan.jobs:
-        if job.scheme.weight is not None:
-            definition.check_search(job.scheme.weight, options.search)
     disk = disk or Disk()
-    if JOURNAL in plan.checkpoint.side_files():
-        raise CheckpointError(
-            f"{plan.checkpoint.path}: holds a file {JOURNAL}, the name of a run's own record; "
-            "move it away"
-        )
+    _check_start(plan, options)
     layout = layout_shards(plan.outputs, options.shard_bytes)
     work = units(plan)
-    header = journal_header(plan, options, version)
+    header = journal_header(plan, options, version, input_scales)
     path = partial_folder(out) / JOURNAL
     journal = None
     if options.resume and disk.size(path) is not None:
         journal = Journal.resume(path, header, disk=disk)
-    done = journal.done if journal else set()
     try:
+        # After the journal's own refusal: scales of another recipe are not this run's fault.
+        scales = check_input_scales(plan, input_scales)
+        done = journal.done if journal else set()
         written = [name for unit in work if unit.name in done for name in _names(plan, unit)]
         with CheckpointWriter(
             out, layout, disk=disk, resume=options.resume, done=written
         ) as writer:
             journal = journal or Journal.create(path, header, disk=disk)
-            with Run(plan, options, writer, journal, progress) as run:
+            with Run(plan, options, writer, journal, progress, scales) as run:
                 run.all([unit for unit in work if unit.name not in done])
             journal.close()
             _finish(plan, writer, version)
@@ -129,9 +130,48 @@ def execute(
             journal.close()
 
 
-def journal_header(plan: Plan, options: Options, version: str) -> dict[str, object]:
+def refuse_start(plan: Plan, out: Path, options: Options, *, disk: Disk | None = None) -> None:
+    """Raise what would stop a fresh `execute` at once, so that nothing is measured in vain.
+
+    FormatError for a search that a format lacks, CheckpointError for an output that is there,
+    DoesNotFit for a disk that is too small. Writes nothing; the writer checks again.
+    """
+    disk = disk or Disk()
+    _check_start(plan, options)
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or disk.names(out)):
+        raise CheckpointError(f"{out}: exists and is not an empty folder; name another output")
+    folder = partial_folder(out)
+    if options.resume:
+        return
+    if os.path.lexists(folder):
+        raise CheckpointError(
+            f"{folder}: is left from an interrupted run; continue it with --resume, or remove it"
+        )
+    needed, free = plan.payload_bytes, disk.free_bytes(folder)
+    if needed > free:
+        raise DoesNotFit(
+            f"{out}: {needed / 2**30:.2f} GiB to write, {free / 2**30:.2f} GiB free on that disk; "
+            "free space or name another disk"
+        )
+
+
+def _check_start(plan: Plan, options: Options) -> None:
+    for job in plan.jobs:
+        if job.scheme.weight is not None:
+            definition.check_search(job.scheme.weight, options.search)
+    if JOURNAL in plan.checkpoint.side_files():
+        raise CheckpointError(
+            f"{plan.checkpoint.path}: holds a file {JOURNAL}, the name of a run's own record; "
+            "move it away"
+        )
+
+
+def journal_header(
+    plan: Plan, options: Options, version: str, input_scales: InputScales | None = None
+) -> dict[str, object]:
     """What must be equal for a run to be continued: the source by headers, sizes and times, the
-    plan, the options."""
+    plan, the options, the measured scales."""
+    measured = {} if input_scales is None else {KEY: input_scales.record()}
     return {
         "version": version,
         "source": plan.checkpoint.fingerprint(),
@@ -140,16 +180,8 @@ def journal_header(plan: Plan, options: Options, version: str) -> dict[str, obje
         "layout": plan.layout.name,
         "search": options.search,
         "shard_bytes": options.shard_bytes,
+        **measured,
     }
-
-
-def _refuse_static(plan: Plan) -> None:
-    for job in plan.jobs:
-        if job.scheme.needs_input_scale:
-            raise RecipeError(
-                f"{job.name}: {job.scheme} needs a measured input_scale, and this run measures "
-                "none; a made-up scale would silently ruin answers"
-            )
 
 
 def _names(plan: Plan, unit: Unit) -> list[str]:
@@ -182,9 +214,10 @@ class Run:
         writer: CheckpointWriter,
         journal: Journal,
         progress: Progress,
+        input_scales: Mapping[str, float],
     ) -> None:
         self.plan, self.options, self.writer, self.journal = plan, options, writer, journal
-        self.progress = progress
+        self.progress, self.input_scales = progress, input_scales
         self.checkpoint: Checkpoint = plan.checkpoint
         self.buffers = Buffers()
         self.background = ThreadPoolExecutor(1, thread_name_prefix="nybble-writer")
@@ -304,17 +337,22 @@ class Run:
             end = (file, offset + size)
         self.writer.write_run(run, data[start:at])
 
-    def _scalars(self, jobs: Sequence[Job], scales: dict[str, F32Array]) -> None:
-        """Write tensor scales, and the scales of FP8."""
+    def _scalars(self, jobs: Sequence[Job], scales: Mapping[str, F32Array]) -> None:
+        """Write tensor scales, the scales of FP8, and measured input scales."""
         tensors: list[tuple[str, int]] = []
         values: list[U8Array] = []
         for job in jobs:
             for m in job.members:
                 for leaf in self.plan.leaves(job.scheme, m.shape):
                     if leaf.part == "tensor_scale":
-                        stored = self.plan.layout.store(leaf, scales[m.module])
-                        tensors.append((f"{m.module}.{leaf.suffix}", stored.nbytes))
-                        values.append(np.ascontiguousarray(stored).reshape(-1).view(np.uint8))
+                        scale = scales[m.module]
+                    elif leaf.part == "input_scale":
+                        scale = np.asarray(self.input_scales[m.module], dtype=np.float32)
+                    else:
+                        continue
+                    stored = self.plan.layout.store(leaf, scale)
+                    tensors.append((f"{m.module}.{leaf.suffix}", stored.nbytes))
+                    values.append(np.ascontiguousarray(stored).reshape(-1).view(np.uint8))
         if tensors:
             data = np.concatenate(values)
             self._write(partial(self._write_whole, tensors, data))

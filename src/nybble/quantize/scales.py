@@ -17,7 +17,7 @@ from nybble.formats.block import FP8, FP8_BLOCK, FP8_CHANNEL, NVFP4
 from nybble.formats.element import F32Array
 from nybble.formats.search import Search
 from nybble.kernels import block_quantize
-from nybble.plan.plan import Job, Member
+from nybble.plan.jobs import Job, Member
 
 Matrix = NDArray[np.generic]
 

@@ -18,7 +18,8 @@ from nybble.formats.block import FP8, FP8_BLOCK, FP8_CHANNEL
 from nybble.formats.element import F32Array, U8Array
 from nybble.formats.search import Search
 from nybble.kernels import block_quantize
-from nybble.plan.plan import Job, Member, Plan
+from nybble.plan.jobs import Job, Member
+from nybble.plan.plan import Plan
 
 #: Bytes of results of one kernel call: small enough for buffers to stay in the last-level cache.
 TILE_BYTES = 16 << 20

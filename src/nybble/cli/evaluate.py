@@ -1,0 +1,328 @@
+"""`nybble perplexity`, `nybble eval` and `nybble reference`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nybble.cli.output import JsonFlag, OutputFormat, wants_json
+from nybble.cli.plan import Model
+
+if TYPE_CHECKING:
+    from nybble.api.evaluate import EvalResult, PerplexityResult, Protocol, ReferenceResult
+    from nybble.evaluate.divergence import Figure
+    from nybble.evaluate.significance import Interval
+
+TextFile = Annotated[
+    Path | None, typer.Option("--text", help="A UTF-8 file to score, instead of a suite.")
+]
+Suite = Annotated[str, typer.Option("--suite", help="A text that comes along: wikitext2.")]
+Convention = Annotated[
+    str,
+    typer.Option("--convention", help="How text becomes windows: windows, llamacpp, sliding."),
+]
+Length = Annotated[int, typer.Option("--length", min=2, help="Tokens of a window.")]
+Stride = Annotated[
+    int | None, typer.Option("--stride", min=1, help="Tokens between windows, if sliding.")
+]
+Limit = Annotated[
+    int | None, typer.Option("--windows", min=1, help="Score only the first so many windows.")
+]
+PrecisionName = Annotated[
+    str, typer.Option("--precision", help="Activations in matmuls: bf16 or f32.")
+]
+KvName = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="Cached keys and values: bf16 or f32.")
+]
+Simulate = Annotated[
+    bool,
+    typer.Option(
+        "--simulate-activations/--weights-only",
+        help="Round the inputs of linears as the checkpoint declares for serving, or not.",
+    ),
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Default: all processors.")]
+Spill = Annotated[
+    Path | None,
+    typer.Option("--spill", help="Keep hidden states in this folder instead of memory; resumable."),
+]
+
+
+def perplexity(
+    model: Model,
+    text: TextFile = None,
+    suite: Suite = "wikitext2",
+    convention: Convention = "windows",
+    length: Length = 512,
+    stride: Stride = None,
+    windows: Limit = None,
+    precision: PrecisionName = "bf16",
+    kv_cache_dtype: KvName = "bf16",
+    simulate: Simulate = True,
+    threads: Threads = None,
+    spill: Spill = None,
+    json: JsonFlag = False,
+    output_format: OutputFormat = "text",
+) -> None:
+    """Measure the perplexity of a checkpoint on a text, one layer in memory at a time."""
+    from nybble.api.evaluate import perplexity as run
+    from nybble.progress import Display
+
+    is_json = wants_json(json, output_format)
+    protocol = _protocol(
+        *(text, suite, convention, length, stride, windows),
+        *(precision, kv_cache_dtype, simulate, threads, spill),
+    )
+    _prepare("perplexity")
+    with Display() as progress:
+        found = run(model, protocol, progress)
+    _write(found, is_json, render_perplexity)
+
+
+def evaluate(
+    candidate: Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint to judge.")],
+    reference: Annotated[
+        Path,
+        typer.Option("--reference", "-r", help="The BF16 model, or a pack of `nybble reference`."),
+    ],
+    text: TextFile = None,
+    suite: Suite = "wikitext2",
+    convention: Convention = "windows",
+    length: Length = 512,
+    stride: Stride = None,
+    windows: Limit = None,
+    precision: PrecisionName = "bf16",
+    kv_cache_dtype: KvName = "bf16",
+    simulate: Simulate = True,
+    threads: Threads = None,
+    spill: Spill = None,
+    head: Annotated[
+        Path | None,
+        typer.Option("--head", help="The folder with the output head, if the pack has none."),
+    ] = None,
+    llamacpp: Annotated[
+        bool, typer.Option("--llamacpp", help="Print as llama-perplexity --kl-divergence does.")
+    ] = False,
+    json: JsonFlag = False,
+    output_format: OutputFormat = "text",
+) -> None:
+    """Measure how far a checkpoint is from its BF16 original: KL divergence, top-1, perplexity."""
+    from nybble.api.evaluate import evaluate as run
+    from nybble.evaluate.divergence import render_llamacpp
+    from nybble.progress import Display
+
+    is_json = wants_json(json, output_format)
+    protocol = _protocol(
+        *(text, suite, convention, length, stride, windows),
+        *(precision, kv_cache_dtype, simulate, threads, spill),
+    )
+    _prepare("eval")
+    with Display() as progress:
+        found = run(candidate, reference, protocol, progress, head=head)
+    if llamacpp and not is_json:
+        sys.stdout.write(render_llamacpp(found.divergence))
+        return
+    _write(found, is_json, render_divergence)
+
+
+def reference(
+    model: Model,
+    out: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    text: TextFile = None,
+    suite: Suite = "wikitext2",
+    convention: Convention = "windows",
+    length: Length = 512,
+    stride: Stride = None,
+    windows: Limit = None,
+    has_head: Annotated[
+        bool,
+        typer.Option("--with-head/--without-head", help="Put the output head into the pack."),
+    ] = True,
+    kv_cache_dtype: KvName = "bf16",
+    threads: Threads = None,
+    spill: Spill = None,
+    json: JsonFlag = False,
+    output_format: OutputFormat = "text",
+) -> None:
+    """Keep what exact KL needs of a BF16 model: its final hidden states, tokens and output head."""
+    from nybble.api.evaluate import reference as run
+    from nybble.progress import Display
+
+    is_json = wants_json(json, output_format)
+    protocol = _protocol(
+        *(text, suite, convention, length, stride, windows),
+        *("bf16", kv_cache_dtype, True, threads, spill),
+    )
+    _prepare("reference")
+    with Display() as progress:
+        found = run(model, out, protocol, progress, has_head=has_head)
+    _write(found, is_json, render_reference)
+
+
+# ---------------------------------------------------------------------------------------- arguments
+
+
+def _protocol(
+    text: Path | None,
+    suite: str,
+    convention: str,
+    length: int,
+    stride: int | None,
+    windows: int | None,
+    precision: str,
+    kv_dtype: str,
+    simulate: bool,
+    threads: int | None,
+    spill: Path | None,
+) -> Protocol:
+    from nybble.api.evaluate import Protocol
+    from nybble.evaluate.windows import CONVENTIONS, SUITES
+
+    for name, value, allowed in (
+        ("--precision", precision, ("bf16", "f32")),
+        ("--kv-cache-dtype", kv_dtype, ("bf16", "f32")),
+        ("--convention", convention, CONVENTIONS),
+        ("--suite", suite, SUITES),
+    ):
+        if value not in allowed:
+            raise typer.BadParameter(f"{value!r}; choose {', '.join(allowed)}", param_hint=name)
+    return Protocol(
+        text,
+        suite,
+        convention,
+        length,
+        stride,
+        windows,
+        precision,  # type: ignore[arg-type]
+        kv_dtype,  # type: ignore[arg-type]
+        simulate,
+        threads,
+        spill,
+    )
+
+
+def _prepare(command: str) -> None:
+    from nybble.api.generate import needs_torch
+    from nybble.kernels.dispatch import choose
+    from nybble.progress import waiting
+
+    needs_torch(command)
+    with waiting("compiling the kernels, once"):
+        choose()
+
+
+def _write(found, is_json, render) -> None:  # type: ignore[no-untyped-def]
+    from nybble.cli.output import write_json
+
+    if is_json:
+        write_json(found.as_json())
+    else:
+        sys.stdout.write(render(found))
+
+
+# --------------------------------------------------------------------------------------------- text
+
+
+def render_perplexity(found: PerplexityResult) -> str:
+    """One figure, and what it depends on."""
+    from nybble.cli.output import labelled
+
+    p, c = found.perplexity, found.report.conditions
+    per_byte = f", {p.bits_per_byte:.4f} bits per byte" if p.bits_per_byte is not None else ""
+    lines = [
+        labelled("perplexity", f"{p.value:.4f}{_between(p.interval)}{per_byte}"),
+        labelled(
+            "text",
+            f"{c.text}, {c.scored:,} of {c.tokens:,} tokens scored in {c.windows:,} windows of "
+            f"{c.length} ({c.convention})",
+        ),
+        labelled(
+            "computed",
+            f"activations {c.precision}, KV cache {c.kv_dtype}, simulated inputs: {c.activations}; "
+            f"{c.kernels} {c.isa}".rstrip()
+            + f", {c.threads} threads, {found.seconds:.1f} s "
+            f"({c.tokens / max(found.seconds, 1e-9):,.0f} tokens/s)",
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def render_divergence(found: EvalResult) -> str:
+    """The figures that matter, with intervals, and what they depend on."""
+    from nybble.cli.output import labelled, table
+
+    d, c = found.divergence, found.report.conditions
+    rows = [
+        ["KL, mean (nats)", f"{d.kl.value:.6f}", _range(d.kl)],
+        *(
+            [f"KL, {_percentile(at)}", f"{value:.6f}", ""]
+            for at, value in d.kl_spread.quantiles
+            if at in (0.5, 0.9, 0.99, 0.999)
+        ),
+        ["KL, largest", f"{d.kl_spread.maximum:.6f}", ""],
+        ["same top token", f"{d.same_top.value:.2%}", _range(d.same_top, percent=True)],
+        ["change of p, RMS", f"{d.rms_delta_p.value:.2%}", _range(d.rms_delta_p, percent=True)],
+        ["perplexity", f"{d.candidate.value:.4f}", _interval(d.candidate.interval)],
+        ["perplexity, reference", f"{d.reference.value:.4f}", _interval(d.reference.interval)],
+        ["ratio of perplexities", f"{d.ratio.value:.5f}", _range(d.ratio)],
+    ]
+    lines = [
+        table(["", c.model, "95 % interval"], rows, right=(1,)),
+        "",
+        labelled("reference", f"{c.reference}"),
+        labelled(
+            "text",
+            f"{c.text}, {c.scored:,} of {c.tokens:,} tokens scored in {c.windows:,} windows of "
+            f"{c.length} ({c.convention}); intervals resample windows"
+            + ("" if c.windows >= 64 else f", and {c.windows} are few: they are too narrow"),
+        ),
+        labelled(
+            "computed",
+            f"activations {c.precision}, KV cache {c.kv_dtype}, simulated inputs: {c.activations}; "
+            f"{c.kernels} {c.isa}".rstrip()
+            + f", {c.threads} threads, {found.seconds:.1f} s",
+        ),
+        *(labelled("note", note) for note in found.notes),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def render_reference(found: ReferenceResult) -> str:
+    """What was made, and what it is good for."""
+    from nybble.cli.output import amount, labelled
+
+    c = found.conditions
+    head = "with the output head" if found.has_head else "without the output head (needs --head)"
+    lines = [
+        labelled("pack", f"{found.out}: {amount(found.nbytes)}, {head}, {found.seconds:.1f} s"),
+        labelled(
+            "holds",
+            f"final hidden states of {c.model} on {c.tokens:,} tokens of {c.text} in {c.windows:,} "
+            f"windows of {c.length} ({c.convention}); perplexity {found.perplexity.value:.4f}",
+        ),
+        labelled("use", f"nybble eval CKPT --reference {found.out}"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _percentile(fraction: float) -> str:
+    return "median" if fraction == 0.5 else f"{100 * fraction:g} % below"
+
+
+def _between(interval: Interval | None) -> str:
+    return "" if interval is None else f" ({interval.low:.4f} to {interval.high:.4f})"
+
+
+def _interval(interval: Interval | None) -> str:
+    return "" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
+
+
+def _range(figure: Figure, *, percent: bool = False) -> str:
+    interval = figure.estimate.interval
+    if interval is None:
+        return ""
+    spell = "{:.2%}" if percent else "{:.6f}"
+    return f"{spell.format(interval.low)} to {spell.format(interval.high)}"

@@ -55,7 +55,6 @@ def nybble_work(folder: Path, windows: list[list[int]]) -> Work:
     from nybble.stream.executor import Stream
     from nybble.text.tokenizer import Tokenizer
 
-    torch.set_num_threads(THREADS)
     model = Model(Checkpoint.open(folder))
     engine = Engine(model, Tokenizer.open(folder))
 
@@ -141,6 +140,8 @@ WORK = {"nybble": nybble_work, "transformers": transformers_work, "vllm": vllm_w
 
 def serve(kind: str, folder: Path, text: Path, count: int) -> None:
     """Load, warm up, then answer every line on stdin with seconds and a figure."""
+    # vLLM imports a module `kernels` by that name, and would find the file beside this one.
+    sys.path = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
     work = WORK[kind](folder, token_windows(folder, text, count))

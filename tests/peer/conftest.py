@@ -54,6 +54,8 @@ def make(model: ByName, tmp_path_factory: pytest.TempPathFactory) -> Make:
     @cache
     def get(name: str, recipe: str, layout: str) -> Made:
         out = tmp_path_factory.mktemp("made") / f"{name}-{recipe}-{layout}"
-        return Made(out, quantize(model(name), out, recipe_of(recipe), layout=layout).plan)
+        return Made(
+            out, quantize(model(name), out, recipe_of(recipe), layout=layout, data_free=True).plan
+        )
 
     return get

@@ -21,6 +21,7 @@ from nybble.models.loader import Weights
 from nybble.models.mtp import MtpHead
 from nybble.models.network import Network
 from nybble.models.state import Batch, PagePool, StatePool
+from nybble.models.threads import torch_alone
 
 #: The number that the MTP layer has among the layers of a page pool.
 MTP_LAYER = -1
@@ -68,11 +69,12 @@ class Model:
 
     def forward(self, batch: Batch, pages: PagePool, states: StatePool, mode: Mode) -> Tensor:
         """The final normed hidden states, float32 [T, H], of all tokens of the batch."""
-        hidden = self.embed(batch.tokens)
-        for i, layer in enumerate(self.layers):
-            cache = states.layers[i] if self.network.is_linear(i) else pages.layers[i]
-            hidden = layer(hidden, batch, cache, mode)
-        return self.normed(hidden, mode)
+        with torch_alone():
+            hidden = self.embed(batch.tokens)
+            for i, layer in enumerate(self.layers):
+                cache = states.layers[i] if self.network.is_linear(i) else pages.layers[i]
+                hidden = layer(hidden, batch, cache, mode)
+            return self.normed(hidden, mode)
 
     def logits(self, normed: Tensor, mode: Mode) -> Tensor:
         """float32 [T, H] -> float32 [T, V]."""

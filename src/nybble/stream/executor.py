@@ -25,6 +25,7 @@ from nybble.models.state import (
     StatePool,
     make_batch,
 )
+from nybble.models.threads import torch_alone
 from nybble.progress import Progress
 from nybble.stream.memory import StreamPlan, plan_stream
 from nybble.stream.spill import HiddenStates, InMemory, OnDisk, offsets
@@ -80,9 +81,10 @@ class Stream:
         layers = self.model.network.dims.layers
         self.progress.stage(self.title, self.plan.tokens * layers, unit="token layers")
         self.progress.advance(self.plan.tokens * hidden.done)
-        for number in range(hidden.done, layers):
-            self._layer(number, hidden)
-            hidden.complete(number + 1)
+        with torch_alone():
+            for number in range(hidden.done, layers):
+                self._layer(number, hidden)
+                hidden.complete(number + 1)
 
     def normed(self) -> Iterator[tuple[int, Tensor]]:
         """Window number and what the head reads of it, float32 [length, H], window by window."""

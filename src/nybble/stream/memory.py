@@ -15,7 +15,7 @@ from nybble.errors import DoesNotFit
 from nybble.models.network import Network
 
 #: Tokens that go through a layer together, at most; fewer where windows are few.
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 _FLOAT = 4
 
 

@@ -40,7 +40,7 @@ def test_every_source_tensor_is_accounted_for(screen: str) -> None:
 
 def test_the_other_decoder_finds_nothing_wrong(screen: str) -> None:
     assert "243 modules, 6,684,672 weights decoded; 0 wrong" in screen
-    assert "and nvfp4: 217 modules, 4,587,520 weights decoded; 0 wrong" in screen
+    assert "and nvfp4: 243 modules, 6,684,672 weights decoded; 0 wrong" in screen
 
 
 def test_searches_gain_at_equal_bytes(screen: str) -> None:
@@ -52,6 +52,28 @@ def test_searches_gain_at_equal_bytes(screen: str) -> None:
     assert 20 < errors_db[0] < errors_db[1] - 0.5
     assert errors_db[1] < errors_db[2] - 0.4
     assert {row[3] for row in rows} == {"8,226,924"}
+
+
+def test_better_scales_lose_less_of_the_model(screen: str) -> None:
+    pattern = (
+        r"^(nvfp4\S*(?: \S+)?) +(0\.\d+)  +(0\.\d+) to (0\.\d+) +([\d.]+)% .* (none|FP8 static)$"
+    )
+    rows = re.findall(pattern, screen, re.MULTILINE)
+    assert [row[0] for row in rows] == [
+        *("nvfp4-all, absmax", "nvfp4-all, four-six", "nvfp4-all, mse"),
+        "nvfp4",
+    ]
+    kl = [float(row[1]) for row in rows]
+    assert all(float(row[2]) < value < float(row[3]) for row, value in zip(rows, kl, strict=True))
+    assert kl[2] < 0.9 * kl[0]
+    assert kl[3] < kl[2]
+    assert [row[5] for row in rows] == ["none", "none", "none", "FP8 static"]
+    assert re.search(r"mse +2\d% less KL than absmax .* paired", screen)
+
+
+def test_the_packed_file_speaks(screen: str) -> None:
+    assert "  > Once upon a time, there was a little girl named Lily." in screen
+    assert "tokens/s at batch 1" in screen
 
 
 def test_what_is_not_real_is_said(screen: str) -> None:

@@ -97,14 +97,35 @@ def test_models_of_other_tokenizers_are_not_compared(packed: Path) -> None:
         evaluate(STORIES, CARRIED, SHORT)
 
 
-def test_simulated_inputs_cost_more_and_are_said(tmp_path: Path, packed: Path) -> None:
-    out = tmp_path / "fp8"
-    quantize(CARRIED, out, "fp8", layout="compressed-tensors")
+@pytest.mark.parametrize(
+    ("recipe", "layout", "inputs"),
+    [
+        ("fp8", "compressed-tensors", "FP8 dynamic"),
+        ("nvfp4-w4a4", "modelopt", "FP4"),
+        ("nvfp4-w4a4", "compressed-tensors", "FP4"),
+        ("nvfp4", "modelopt", "FP8 static"),
+    ],
+)
+def test_simulated_inputs_cost_more_and_are_said(
+    recipe: str, layout: str, inputs: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    tokens = None if recipe == "fp8" else 1024
+    quantize(CARRIED, out, recipe, layout=layout, calibration_tokens=tokens)
     served = evaluate(out, CARRIED, SHORT)
     weights = evaluate(out, CARRIED, Protocol(length=128, limit=4, simulate=False))
-    assert served.divergence.kl.value > 1.2 * weights.divergence.kl.value
-    assert served.report.conditions.activations == "FP8 dynamic"
+    assert served.divergence.kl.value > 1.02 * weights.divergence.kl.value
+    assert served.report.conditions.activations == inputs
     assert weights.report.conditions.activations == "none"
+
+
+def test_layouts_are_one_model(tmp_path: Path) -> None:
+    """Other names, divisors for factors, the same values: not a bit of difference."""
+    found = []
+    for layout in ("modelopt", "compressed-tensors"):
+        quantize(CARRIED, tmp_path / layout, "nvfp4-all", layout=layout)
+        found.append(perplexity(tmp_path / layout, SHORT).perplexity)
+    assert found[0] == found[1]
 
 
 def test_spilled_is_the_same(packed: Path, tmp_path: Path) -> None:

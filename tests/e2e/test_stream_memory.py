@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -83,9 +82,7 @@ def write_random(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_forty_layers_of_the_real_shapes_are_scored_under_a_limit(
-    tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+def test_forty_layers_of_the_real_shapes_are_scored_under_a_limit(tmp_path: Path) -> None:
     config = tiny.CONFIGS / "nvidia--Qwen3.6-35B-A3B-NVFP4" / "config.json"
     make = [sys.executable, str(tiny.TESTS / "make_headers.py"), str(config)]
     folder = tmp_path / "m"
@@ -106,8 +103,7 @@ def test_forty_layers_of_the_real_shapes_are_scored_under_a_limit(
     assert answer.returncode == 0, answer.stderr[-2000:]
     found = json.loads(answer.stdout)
     assert found["tokens"] == TOKENS - 2
-    record_property("plan_bytes", found["plan"])
-    record_property("private_peak_bytes", found["peak"])
+    sys.stderr.write(f"{payload:,} bytes of weights, {found}\n")
     # All weights but the routers are zeros: every token is as likely as any other.
     assert found["nll"] == pytest.approx(np.log(248_320), rel=1e-6)
     assert found["peak"] <= found["plan"] + ALLOWANCE

@@ -19,6 +19,7 @@ from nybble.checkpoint.reader import Checkpoint
 from nybble.kernels.compute import Compute
 from nybble.models.linear import Mode
 from nybble.models.model import Model
+from nybble.models.rope import image_positions
 from nybble.models.state import SequenceState, make_batch
 
 #: The issue of parity in float32: sums of a few hundred products in two orders, logits of size 1.
@@ -190,6 +191,27 @@ def test_decode_after_prefill_agrees(pair: Any) -> None:
             )
             expected.append(cached.logits[0])
     close(torch.cat(found), torch.cat(expected))
+
+
+def test_positions_of_images_agree(pair: Any) -> None:
+    """Three streams of positions, as a prompt with an image of 3 x 4 tokens has them."""
+    model, other = pair
+    if not model.network.rope.sections:
+        expected_error = model.network.architecture.has_gated_attention
+        assert not expected_error, "all hybrids here have sections"
+        return
+    marks = [False] * 20 + [True] * 12 + [False] * 40
+    positions, offset = image_positions(marks, [(1, 6, 8)], 2)
+    assert offset == 4 - 12
+    ids = tokens(len(marks))
+    pages, states, held = pools(model, 1, len(marks))
+    batch = make_batch(model.network, [ids], held, positions=positions)
+    found = model.logits(model.forward(batch, pages, states, F32), F32)
+    with torch.inference_mode():
+        expected = other(ids[None], position_ids=positions[:, None]).logits[0]
+        plain = other(ids[None]).logits[0]
+    close(found, expected)
+    assert float((expected - plain).abs().max()) > 10 * TOLERANCE
 
 
 def test_a_ragged_batch_is_its_sequences_bitwise(pair: Any) -> None:

@@ -62,7 +62,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as done:
         if done.code == INTERRUPTED:  # typer's answer to Ctrl-C
-            sys.stderr.write("interrupted; what is written stays, --resume continues\n")
+            stays = "; what is written stays, --resume continues" if "quantize" in sys.argv else ""
+            sys.stderr.write(f"interrupted{stays}\n")
         raise
     except BrokenPipeError:  # `nybble ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

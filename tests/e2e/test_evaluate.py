@@ -76,6 +76,20 @@ def test_a_pack_without_head_needs_the_right_one(packed: Path, tmp_path: Path) -
     assert np.array_equal(found.figures.kl, evaluate(packed, CARRIED, SHORT).figures.kl)
     with pytest.raises(EvaluationError, match="quantized"):
         evaluate(packed, tmp_path / "pack", head=packed)
+    with pytest.raises(EvaluationError, match="leave it out"):
+        evaluate(packed, CARRIED, SHORT, head=CARRIED)
+
+
+def test_windows_are_those_of_the_pack(packed: Path, tmp_path: Path) -> None:
+    reference(CARRIED, tmp_path / "pack", Protocol(length=96, limit=5))
+    whole = evaluate(packed, tmp_path / "pack")
+    assert (whole.report.conditions.length, whole.report.conditions.windows) == (96, 5)
+    first = evaluate(packed, tmp_path / "pack", Protocol(limit=2))
+    assert first.report.conditions.scored == 2 * 95
+    assert np.array_equal(first.figures.kl, whole.figures.kl[: 2 * 95])
+    for asked in (Protocol(length=64), Protocol(convention="llamacpp")):
+        with pytest.raises(EvaluationError, match="brings its own windows"):
+            evaluate(packed, tmp_path / "pack", asked)
 
 
 def test_a_pack_refuses_other_conditions(packed: Path, tmp_path: Path, text: Path) -> None:
@@ -95,6 +109,51 @@ def test_a_pack_refuses_other_conditions(packed: Path, tmp_path: Path, text: Pat
 def test_models_of_other_tokenizers_are_not_compared(packed: Path) -> None:
     with pytest.raises(EvaluationError, match="tokenizers"):
         evaluate(STORIES, CARRIED, SHORT)
+
+
+def test_models_of_other_sizes_are_not_compared(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    folders = []
+    for layers in (2, 3):
+        kinds = [*["linear_attention"] * (layers - 1), "full_attention"]
+        folder = tiny.checkpoint(
+            tmp_path / str(layers),
+            "qwen3_5_moe",
+            num_hidden_layers=layers,
+            layer_types=kinds,
+            vocab_size=4096,
+            rope_parameters=rope,
+        )
+        shutil.copy(CARRIED / "tokenizer.json", folder)
+        (folder / "generation_config.json").unlink()
+        folders.append(folder)
+    with pytest.raises(EvaluationError, match="layers 2 against 3"):
+        evaluate(*folders, SHORT)
+
+
+def test_what_a_module_holds_beside_its_weight_is_not_ignored(tmp_path: Path, packed: Path) -> None:
+    """A pre_quant_scale (AWQ) left out would give fluent, wrong figures."""
+    folder = shutil.copytree(packed, tmp_path / "awq")
+    name = "model.language_model.layers.3.self_attn.o_proj.pre_quant_scale"
+    tiny.write_safetensors(folder / "extra.safetensors", {name: np.full(256, 2, np.float32)})
+    index = folder / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document["weight_map"][name] = "extra.safetensors"
+    index.write_text(json.dumps(document))
+    with pytest.raises(ModelError, match="pre_quant_scale"):
+        perplexity(folder, SHORT)
+
+
+def test_what_is_declared_and_not_computed_is_noted(tmp_path: Path) -> None:
+    quantize(CARRIED, tmp_path / "out", "nvfp4", data_free=True)
+    found = perplexity(tmp_path / "out", SHORT)
+    assert any("KV cache in fp8" in note for note in found.notes)
+    assert found.as_json()["notes"]
+
+
+def test_windows_longer_than_the_context_are_refused_at_once() -> None:
+    with pytest.raises(TextError, match="--length 4096 or less"):
+        perplexity(CARRIED, Protocol(length=5000))
 
 
 @pytest.mark.parametrize(

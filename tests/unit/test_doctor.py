@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import nybble
-from nybble.api.doctor import OPTIONAL, REQUIRED, Environment, advise, cgroup_limits, doctor
+from nybble.api.doctor import OPTIONAL, REQUIRED, Environment, advise, doctor
 from nybble.cli import main
 from nybble.cli.doctor import render
 from nybble.kernels import build
+from nybble.machine import available_bytes, cgroup_limits
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +208,23 @@ def test_build_ends_with_the_compilers_last_line(
     told = capsys.readouterr().err
     assert "cc1: out of patience" in told
     assert "first" not in told
+
+
+def test_mapped_files_count_as_free_memory(tmp_path: Path) -> None:
+    """A group that has read a large file looks full, and is not."""
+    proc, mount = tmp_path / "proc", tmp_path / "cgroup"
+    group = mount / "job"
+    (proc / "self").mkdir(parents=True)
+    group.mkdir(parents=True)
+    (proc / "self" / "cgroup").write_text("0::/job\n")
+    (proc / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable: 9000000 kB\n")
+    assert available_bytes(proc, mount) == 9_000_000 * 1024
+    (group / "memory.max").write_text("4000000000\n")
+    (group / "memory.current").write_text("3900000000\n")
+    (group / "memory.stat").write_text(
+        "anon 400000000\nactive_file 1500000000\ninactive_file 2000000000\n"
+    )
+    assert available_bytes(proc, mount) == 4_000_000_000 - 400_000_000
+    (mount / "memory.max").write_text("max\n")
+    assert available_bytes(proc, mount) == 3_600_000_000
+    assert available_bytes(tmp_path / "no", tmp_path / "no") is None

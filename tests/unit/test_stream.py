@@ -18,7 +18,6 @@ from nybble.kernels.compute import Compute
 from nybble.models.linear import Mode
 from nybble.models.model import Model
 from nybble.models.state import SequenceState, make_batch
-from nybble.stream import memory
 from nybble.stream.executor import Stream
 from nybble.stream.memory import plan_stream
 
@@ -129,11 +128,6 @@ def test_the_plan_counts_hidden_states_once_and_batches_whole_windows(folder: Pa
     assert spilled.disk_bytes == 2 * plan.hidden_bytes
 
 
-def test_available_memory_is_that_of_the_smaller_bound() -> None:
-    found = memory.available_bytes()
-    assert found is None or 0 <= found < 2**60
-
-
 @pytest.mark.parametrize("bad", [[], [torch.zeros(0, dtype=torch.int64)]])
 def test_no_text_is_refused(folder: Path, bad: list[torch.Tensor]) -> None:
     with Checkpoint.open(folder) as checkpoint, pytest.raises(TextError):
@@ -150,6 +144,6 @@ def test_nan_names_layer_and_part(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path, cfg, values)
     with (
         Checkpoint.open(folder) as checkpoint,
-        pytest.raises(EngineError, match=r"layers\.1: the output of the feed-forward is NaN"),
+        pytest.raises(EngineError, match=rf"layers\.1: .* feed-forward is NaN.*{name} holds NaN"),
     ):
         Stream(Model(checkpoint), windows(), MODE).run()

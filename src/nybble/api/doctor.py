@@ -22,6 +22,7 @@ import nybble
 from nybble.errors import KernelUnavailable
 from nybble.kernels.build import build, cache_folder, compilers
 from nybble.kernels.dispatch import choose, default_threads, machine_isas
+from nybble.machine import cgroup_limits, read_lines
 
 #: What nybble imports, and what it never does.
 REQUIRED = ("numpy", "ml_dtypes", "safetensors", "typer", "rich")
@@ -159,25 +160,18 @@ def _processor() -> str:
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         told = subprocess.run(command, capture_output=True, text=True)
         return told.stdout.strip() or platform.machine()
-    for line in _lines(Path("/proc/cpuinfo")):
+    for line in read_lines(Path("/proc/cpuinfo")):
         key, _, value = line.partition(":")
         if key.strip() in ("model name", "Model", "cpu model") and value.strip():
             return value.strip()
     return platform.processor() or platform.machine()
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
 def _memory() -> tuple[int | None, int | None]:
     """Total and available bytes."""
     kib = {
         line.split(":")[0]: int(line.split()[1])
-        for line in _lines(Path("/proc/meminfo"))
+        for line in read_lines(Path("/proc/meminfo"))
         if line.startswith(("MemTotal:", "MemAvailable:"))
     }
     if "MemTotal" in kib:
@@ -187,38 +181,6 @@ def _memory() -> tuple[int | None, int | None]:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), None
     except (AttributeError, OSError, ValueError):
         return None, None
-
-
-def cgroup_limits(
-    proc: Path = Path("/proc"), mount: Path = Path("/sys/fs/cgroup")
-) -> tuple[float | None, int | None]:
-    """The tightest cgroup limits (versions 1 and 2): cores' worth of time, bytes of memory."""
-    quotas: list[float] = []
-    limits: list[int] = []
-    for folder in _cgroups(proc, mount):
-        words = " ".join(_lines(folder / "cpu.max")).split() or [
-            word for name in ("quota", "period") for word in _lines(folder / f"cpu.cfs_{name}_us")
-        ]
-        if len(words) == 2 and words[0] not in ("max", "-1"):
-            quotas.append(int(words[0]) / int(words[1]))
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            limits += [int(line) for line in _lines(folder / name) if line.isdecimal()]
-    # Version 1 writes "no limit" as the largest number of whole pages.
-    limits = [limit for limit in limits if limit < 1 << 62]
-    return min(quotas, default=None), min(limits, default=None)
-
-
-def _cgroups(proc: Path, mount: Path) -> list[Path]:
-    """The folders of this process's cgroups and of all their parents."""
-    found = []
-    for line in _lines(proc / "self" / "cgroup"):
-        _, controllers, path = line.split(":", 2)
-        names = [name for name in controllers.split(",") if name in ("cpu", "memory")]
-        bases = [mount / name for name in names] if controllers else [mount]
-        for base in bases:
-            folder = base / path.lstrip("/")
-            found += [folder, *(p for p in folder.parents if p == base or base in p.parents)]
-    return list(dict.fromkeys(found))
 
 
 def _is_writable(folder: Path) -> bool:

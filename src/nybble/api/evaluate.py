@@ -3,6 +3,7 @@ same text, and what makes the second possible without the first."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Literal
 import nybble
 from nybble.api.generate import needs_torch
 from nybble.checkpoint.reader import Checkpoint
-from nybble.errors import EvaluationError, TextError
+from nybble.errors import CheckpointError, EvaluationError, TextError
 from nybble.kernels.compute import Compute, Precision
 from nybble.kernels.dispatch import choose, default_threads
+from nybble.machine import available_bytes
 from nybble.progress import Progress
 
 if TYPE_CHECKING:
@@ -38,17 +40,19 @@ KvDtype = Literal["bf16", "f32"]
 class Protocol:
     """What is scored, and how it is computed.
 
-    Text: `text` is a UTF-8 file, else `suite` names one that comes along. Windows: `convention` is
-    "windows", "llamacpp" or "sliding" (with `stride`), `limit` keeps the first ones. `precision` is
+    Text: `text` is a UTF-8 file, else `suite` names one that comes along (wikitext2). Windows:
+    `convention` is "windows" (the default), "llamacpp" or "sliding" (with `stride`), of `length`
+    tokens (512), of which `limit` keeps the first ones. A reference pack brings its own text and
+    windows: what is None follows it, anything else must agree. `precision` is
     that of activations in matmuls, `kv_dtype` of cached keys and values. `simulate` rounds the
     inputs of linears as the checkpoint declares for serving. `spill` is a folder for hidden states
     that memory should not hold; an interrupted run goes on from it.
     """
 
     text: Path | None = None
-    suite: str = "wikitext2"
-    convention: str = "windows"
-    length: int = 512
+    suite: str | None = None
+    convention: str | None = None
+    length: int | None = None
     stride: int | None = None
     limit: int | None = None
     precision: Precision = "bf16"
@@ -62,6 +66,19 @@ class Protocol:
         """For every kernel."""
         return Compute(self.precision, self.threads or default_threads())
 
+    def settled(self) -> Settled:
+        """With the defaults for what was left open."""
+        return Settled(self.convention or "windows", self.length or 512, self.stride)
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """How a text becomes windows, decided."""
+
+    convention: str
+    length: int
+    stride: int | None
+
 
 @dataclass(frozen=True, slots=True)
 class PerplexityResult:
@@ -69,11 +86,12 @@ class PerplexityResult:
 
     report: Report
     perplexity: Perplexity
+    notes: tuple[str, ...]
     seconds: float
 
     def as_json(self) -> dict[str, object]:
-        """The JSON document `nybble.perplexity/1`."""
-        return self.report.as_json()
+        """The JSON document `nybble.perplexity/1`, with the notes."""
+        return {**self.report.as_json(), "notes": list(self.notes)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +108,8 @@ class EvalResult:
     seconds: float
 
     def as_json(self) -> dict[str, object]:
-        """The JSON document `nybble.eval/1`."""
-        return self.report.as_json()
+        """The JSON document `nybble.eval/1`, with the notes."""
+        return {**self.report.as_json(), "notes": list(self.notes)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +154,17 @@ def perplexity(
     protocol, progress = protocol or Protocol(), progress or Progress()
     began = time.perf_counter()
     with _opened(Path(model)) as subject:
-        text = _text(protocol)
+        text, settled = _text(protocol), protocol.settled()
         windows = subject.windows(text, protocol)
         with subject.source(windows, protocol, progress, "score") as source:
+            source.run()
             scores = score(source, windows, source.stream.mode, progress)
         found = measure_perplexity(
             scores.nll, scores.window, scored_bytes=subject.scored_bytes(windows)
         )
-        report = perplexity_report(subject.conditions(text, windows, protocol), found)
-    return PerplexityResult(report, found, time.perf_counter() - began)
+        report = perplexity_report(subject.conditions(text, windows, protocol, settled), found)
+        notes = subject.notes(protocol)
+    return PerplexityResult(report, found, notes, time.perf_counter() - began)
 
 
 def evaluate(
@@ -171,16 +191,21 @@ def evaluate(
     with _opened(Path(candidate)) as ours:
         with _referenced(Path(reference), ours, protocol, progress, head) as known:
             windows = known.windows
+            _refuse_strangers(ours, known)
             with ours.source(windows, protocol, progress, "candidate") as source:
+                ours.model.weights.check()  # before hours of work on the reference
+                known.run()
+                source.run()
                 figures = compare(known.source, source, windows, source.stream.mode, progress)
         conditions = replace(
-            ours.conditions(known.text, windows, protocol),
+            ours.conditions(known.text, windows, protocol, known.settled),
             reference=known.conditions.model,
             reference_sha256=known.conditions.weights_sha256,
         )
         stats = summarize(figures)
+        notes = (*known.notes, *ours.notes(protocol))
     return EvalResult(
-        eval_report(conditions, stats), stats, figures, known.notes, time.perf_counter() - began
+        eval_report(conditions, stats), stats, figures, notes, time.perf_counter() - began
     )
 
 
@@ -210,6 +235,9 @@ def reference(
         raise EvaluationError("a reference pack holds BF16 hidden states; use precision bf16")
     began = time.perf_counter()
     with _opened(Path(model)) as subject:
+        _refuse_quantized(subject)
+        if os.path.lexists(out):
+            raise CheckpointError(f"{out}: exists; name another output, or remove it")
         weight = subject.model.head.weight.weights[0]
         if not isinstance(weight, np.ndarray) or weight.dtype != ml_dtypes.bfloat16:
             raise EvaluationError(
@@ -218,15 +246,15 @@ def reference(
             )
         text = _text(protocol)
         windows = subject.windows(text, protocol)
-        conditions = subject.conditions(text, windows, protocol)
-        with (
-            PackWriter(Path(out), conditions, windows, weight, has_head=has_head) as writer,
-            subject.source(windows, protocol, progress, "reference") as source,
-        ):
-            for _, normed in source.normed():
-                writer.add(normed.numpy().astype(ml_dtypes.bfloat16))
-            scores = score(source, windows, source.stream.mode, progress)
-            writer.finish()
+        conditions = subject.conditions(text, windows, protocol, protocol.settled())
+        with subject.source(windows, protocol, progress, "reference") as source:
+            source.run()
+            # Only now: what an interruption of the long part leaves is the spill, no half a pack.
+            with PackWriter(Path(out), conditions, windows, weight, has_head=has_head) as writer:
+                for _, normed in source.normed():
+                    writer.add(normed.numpy().astype(ml_dtypes.bfloat16))
+                scores = score(source, windows, source.stream.mode, progress)
+                writer.finish()
         found = measure_perplexity(
             scores.nll, scores.window, scored_bytes=subject.scored_bytes(windows)
         )
@@ -256,17 +284,37 @@ class _Subject:
     tokenizer: Tokenizer
 
     def windows(self, text: Text, protocol: Protocol) -> tuple[Window, ...]:
-        """The text as windows of this tokenizer's ids."""
+        """The text as windows of this tokenizer's ids. Raises TextError for windows longer than the
+        model's context."""
         from nybble.evaluate.windows import make_windows
 
         ids = self.tokenizer.encode(text.content, parse_special=False)
+        settled, context = protocol.settled(), self.model.network.context
+        if settled.length > context:
+            raise TextError(
+                f"windows of {settled.length:,} tokens are longer than the context of "
+                f"{self.checkpoint.path} (max_position_embeddings {context:,}); use --length "
+                f"{context} or less"
+            )
         return make_windows(
             ids,
-            protocol.length,
-            protocol.convention,
-            stride=protocol.stride,
-            bos=self.tokenizer.bos_id if protocol.convention == "llamacpp" else None,
+            settled.length,
+            settled.convention,
+            stride=settled.stride,
+            bos=self.tokenizer.bos_id if settled.convention == "llamacpp" else None,
             limit=protocol.limit,
+        )
+
+    def notes(self, protocol: Protocol) -> tuple[str, ...]:
+        """What is declared of serving and not computed here."""
+        from nybble.checkpoint.dialects import declaration_of
+
+        declared = declaration_of(self.checkpoint).kv_cache
+        if not declared:
+            return ()
+        return (
+            f"{self.checkpoint.path.name} declares its KV cache in {declared}; it was computed in "
+            f"{protocol.kv_dtype}",
         )
 
     def scored_bytes(self, windows: tuple[Window, ...]) -> int:
@@ -280,10 +328,10 @@ class _Subject:
     def source(
         self, windows: tuple[Window, ...], protocol: Protocol, progress: Progress, title: str
     ) -> Iterator[StreamedSource]:
-        """The hidden states of the windows, computed."""
+        """The hidden states of the windows, planned; `run` computes them."""
+        from nybble.evaluate.score import logits_bytes
         from nybble.evaluate.sources import StreamedSource
         from nybble.models.linear import Mode
-        from nybble.stream.memory import available_bytes
 
         source = StreamedSource(
             self.model,
@@ -297,16 +345,20 @@ class _Subject:
         )
         plan = source.stream.plan
         disk = f", {plan.disk_bytes / 2**30:.2f} GiB of disk" if plan.disk_bytes else ""
+        needed = plan.private_bytes + 2 * logits_bytes(self.model.network.dims.vocab)
         progress.say(
             f"{title}: {self.checkpoint.path}, {plan.tokens:,} tokens in {len(windows):,} windows, "
-            f"one layer at a time: {plan.private_bytes / 2**30:.2f} GiB of memory{disk}"
+            f"one layer at a time: {needed / 2**30:.2f} GiB of memory, logits included{disk}"
         )
-        source.run()
         yield source
         source.close()
 
     def conditions(
-        self, text: Text | _Named, windows: tuple[Window, ...], protocol: Protocol
+        self,
+        text: Text | _Named,
+        windows: tuple[Window, ...],
+        protocol: Protocol,
+        settled: Settled,
     ) -> Conditions:
         """What this model's figures depend on."""
         import torch
@@ -322,10 +374,10 @@ class _Subject:
             tokenizer_sha256=self.tokenizer.sha256,
             text=text.name,
             text_sha256=text.sha256,
-            convention=protocol.convention,
-            length=protocol.length,
-            stride=protocol.stride,
-            bos=self.tokenizer.bos_id if protocol.convention == "llamacpp" else None,
+            convention=settled.convention,
+            length=settled.length,
+            stride=settled.stride,
+            bos=self.tokenizer.bos_id if settled.convention == "llamacpp" else None,
             tokens=sum(len(w.tokens) for w in windows),
             windows=len(windows),
             scored=count_scored(windows),
@@ -360,7 +412,9 @@ def _opened(folder: Path) -> Iterator[_Subject]:
 def _text(protocol: Protocol) -> Text:
     from nybble.evaluate.windows import load_suite, read_text
 
-    return read_text(protocol.text) if protocol.text is not None else load_suite(protocol.suite)
+    if protocol.text is not None:
+        return read_text(protocol.text)
+    return load_suite(protocol.suite or "wikitext2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,9 +423,19 @@ class _Known:
 
     windows: tuple[Window, ...]
     text: Text | _Named
+    settled: Settled
     conditions: Conditions
     source: StreamedSource | PackedSource
+    sizes: dict[str, int]
     notes: tuple[str, ...]
+
+    def run(self) -> None:
+        """Compute a model's hidden states; a pack has them."""
+        from nybble.evaluate.sources import StreamedSource
+
+        if isinstance(self.source, StreamedSource):
+            self.source.model.weights.check()
+            self.source.run()
 
 
 @contextmanager
@@ -382,18 +446,61 @@ def _referenced(
     progress: Progress,
     head: str | PathLike[str] | None,
 ) -> Iterator[_Known]:
+    if path.name.endswith(".partial"):
+        raise EvaluationError(f"{path}: is an unfinished reference pack; make it again")
     if (path / PACK_FILE).exists():
         from nybble.evaluate.pack import Pack
 
         with Pack.open(path) as pack:
             yield _from_pack(pack, ours, protocol, head)
         return
+    if head is not None:
+        raise EvaluationError(
+            f"--head is for a pack made --without-head, and {path} is a model; leave it out"
+        )
     with _opened(path) as theirs:
-        text = _text(protocol)
+        text, settled = _text(protocol), protocol.settled()
         windows = theirs.windows(text, protocol)
         notes = _same_tokens(ours, theirs, text, windows, protocol)
+        if any(m.kind.is_quantized for m in theirs.model.weights.contents.modules):
+            notes = (*notes, f"the reference {path.name} is quantized itself")
         with theirs.source(windows, protocol, progress, "reference") as source:
-            yield _Known(windows, text, theirs.conditions(text, windows, protocol), source, notes)
+            yield _Known(
+                windows,
+                text,
+                settled,
+                theirs.conditions(text, windows, protocol, settled),
+                source,
+                _sizes(theirs.model),
+                notes,
+            )
+
+
+def _sizes(model: Model) -> dict[str, int]:
+    """What two models of one family member have in common."""
+    d = model.network.dims
+    names = ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "experts")
+    return {name: getattr(d, name) for name in names}
+
+
+def _refuse_strangers(ours: _Subject, known: _Known) -> None:
+    """Raise EvaluationError unless the two can be forms of one model."""
+    mine = _sizes(ours.model)
+    differing = [f"{n} {mine[n]:,} against {v:,}" for n, v in known.sizes.items() if mine[n] != v]
+    if differing:
+        raise EvaluationError(
+            f"{ours.checkpoint.path} is no form of the reference {known.conditions.model}: "
+            f"{'; '.join(differing)}"
+        )
+
+
+def _refuse_quantized(subject: _Subject) -> None:
+    for module in subject.model.weights.contents.modules:
+        if module.kind.is_quantized:
+            raise EvaluationError(
+                f"{subject.checkpoint.path}: {module.name} is {module.kind.held}; a reference pack "
+                "is made of the BF16 original"
+            )
 
 
 def _same_tokens(
@@ -427,22 +534,41 @@ def _from_pack(
             f"{pack.path}: was made with another tokenizer.json than that of "
             f"{ours.checkpoint.path}; its token ids would mean other words"
         )
-    asked = replace(protocol, convention=made.convention, length=made.length, stride=made.stride)
-    if protocol.text is not None:
+    settled = Settled(made.convention, made.length, made.stride)
+    _refuse_other_windows(pack, protocol)
+    if protocol.text is not None or protocol.suite is not None:
         text = _text(protocol)
         if text.sha256 != made.text_sha256:
             raise TextError(
-                f"{protocol.text}: is not the text of the pack ({made.text}); leave --text out, "
-                "the pack brings its own tokens"
+                f"{text.name}: is not the text of the pack ({made.text}); leave --text and --suite "
+                "out, the pack brings its own tokens"
             )
     named = _Named(made.text, made.text_sha256)
     notes = refuse_unequal_conditions(
-        ours.conditions(named, pack.windows, asked), made, may_differ=("activations",)
+        ours.conditions(named, pack.windows, protocol, settled), made, may_differ=("activations",)
     )
+    pack.verify()
     found = None
     if head is not None:
+        if pack.has_head:
+            raise EvaluationError(f"{pack.path}: has its output head with it; leave --head out")
         with Checkpoint.open(Path(head)) as checkpoint:
             from nybble.models.model import Model
 
             found = Model(checkpoint).head
-    return _Known(pack.windows, named, made, PackedSource(pack, found), notes)
+    windows = pack.windows[: protocol.limit]
+    sizes = {"vocab": pack.vocabulary, "hidden": pack.hidden_size}
+    return _Known(
+        windows, named, settled, made, PackedSource(pack, found, len(windows)), sizes, notes
+    )
+
+
+def _refuse_other_windows(pack: Pack, protocol: Protocol) -> None:
+    """Raise EvaluationError for windows asked for that are not those of the pack."""
+    for name in ("convention", "length", "stride"):
+        asked, made = getattr(protocol, name), getattr(pack.conditions, name)
+        if asked is not None and asked != made:
+            raise EvaluationError(
+                f"{pack.path}: was made with {name} {made}, and {asked} was asked for; leave it "
+                "out, the pack brings its own windows"
+            )

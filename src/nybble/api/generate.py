@@ -96,9 +96,10 @@ def generate(
     compute = Compute(precision, threads or default_threads())
     with Checkpoint.open(folder) as checkpoint:
         tokenizer = Tokenizer.open(folder)
-        text = prompt if raw else _render(folder, prompt, system)
+        rendered = None if raw else _render(folder, prompt, system)
+        text = prompt if rendered is None else rendered
         engine = Engine(Model(checkpoint), tokenizer, Mode(compute))
-        ids = tokenizer.encode(text, add_special=raw)
+        ids = tokenizer.encode(text, add_special=rendered is None)  # templates write their own
         began = time.perf_counter()
         first = began
         pieces: list[str] = []
@@ -129,7 +130,8 @@ def generate(
     )
 
 
-def _render(folder: Path, prompt: str, system: str | None) -> str:
+def _render(folder: Path, prompt: str, system: str | None) -> str | None:
+    """The prompt in the folder's chat template, None if it has none."""
     from nybble.errors import TextError
     from nybble.text.chat import ChatTemplate
 
@@ -140,6 +142,6 @@ def _render(folder: Path, prompt: str, system: str | None) -> str:
                 f"{folder}: has no chat template, so a system message has no place; put it into "
                 "the prompt"
             )
-        return prompt
+        return None
     messages = [{"role": "system", "content": system}] if system is not None else []
     return template.render([*messages, {"role": "user", "content": prompt}])

@@ -17,12 +17,12 @@ from nybble.calibrate import corpus
 from nybble.calibrate.scales import InputAmax
 from nybble.errors import TextError
 from nybble.kernels.compute import Compute
+from nybble.machine import available_bytes
 from nybble.models.linear import Mode
 from nybble.models.model import Model
 from nybble.plan.plan import Plan
 from nybble.progress import Progress
 from nybble.stream.executor import Stream
-from nybble.stream.memory import available_bytes
 from nybble.text.chat import ChatTemplate
 from nybble.text.tokenizer import Tokenizer
 
@@ -111,10 +111,10 @@ def calibration_windows(folder: Path, text: str | None, tokens: int) -> list[Ten
     tokenizer = Tokenizer.open(folder)
     if text is not None:
         ids = tokenizer.encode(text, parse_special=False)
-        if len(ids) < min(tokens, WINDOW):
+        if len(ids) < tokens:
             raise TextError(
-                f"the calibration text has {len(ids):,} tokens, expected at least "
-                f"{min(tokens, WINDOW):,}; use a longer text or ask for fewer tokens"
+                f"the calibration text has {len(ids):,} tokens, expected {tokens:,}; use a longer "
+                f"text, or --calibration-tokens {len(ids)}"
             )
         ids = ids[:tokens]
     else:

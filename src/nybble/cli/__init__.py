@@ -62,7 +62,11 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as done:
         if done.code == INTERRUPTED:  # typer's answer to Ctrl-C
-            stays = "; what is written stays, --resume continues" if "quantize" in sys.argv else ""
+            stays = ""
+            if "quantize" in sys.argv:
+                stays = "; what is written stays, --resume continues"
+            elif "--spill" in sys.argv:
+                stays = "; the layers that are done stay, the same command goes on from there"
             sys.stderr.write(f"interrupted{stays}\n")
         raise
     except BrokenPipeError:  # `nybble ... | head`

@@ -19,12 +19,18 @@ if TYPE_CHECKING:
 TextFile = Annotated[
     Path | None, typer.Option("--text", help="A UTF-8 file to score, instead of a suite.")
 ]
-Suite = Annotated[str, typer.Option("--suite", help="A text that comes along: wikitext2.")]
-Convention = Annotated[
-    str,
-    typer.Option("--convention", help="How text becomes windows: windows, llamacpp, sliding."),
+Suite = Annotated[
+    str | None, typer.Option("--suite", help="A text that comes along: wikitext2, the default.")
 ]
-Length = Annotated[int, typer.Option("--length", min=2, help="Tokens of a window.")]
+Convention = Annotated[
+    str | None,
+    typer.Option(
+        "--convention", help="How text becomes windows: windows (default), llamacpp, sliding."
+    ),
+]
+Length = Annotated[
+    int | None, typer.Option("--length", min=2, help="Tokens of a window; default 512.")
+]
 Stride = Annotated[
     int | None, typer.Option("--stride", min=1, help="Tokens between windows, if sliding.")
 ]
@@ -54,9 +60,9 @@ Spill = Annotated[
 def perplexity(
     model: Model,
     text: TextFile = None,
-    suite: Suite = "wikitext2",
-    convention: Convention = "windows",
-    length: Length = 512,
+    suite: Suite = None,
+    convention: Convention = None,
+    length: Length = None,
     stride: Stride = None,
     windows: Limit = None,
     precision: PrecisionName = "bf16",
@@ -89,9 +95,9 @@ def evaluate(
         typer.Option("--reference", "-r", help="The BF16 model, or a pack of `nybble reference`."),
     ],
     text: TextFile = None,
-    suite: Suite = "wikitext2",
-    convention: Convention = "windows",
-    length: Length = 512,
+    suite: Suite = None,
+    convention: Convention = None,
+    length: Length = None,
     stride: Stride = None,
     windows: Limit = None,
     precision: PrecisionName = "bf16",
@@ -132,9 +138,9 @@ def reference(
     model: Model,
     out: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
     text: TextFile = None,
-    suite: Suite = "wikitext2",
-    convention: Convention = "windows",
-    length: Length = 512,
+    suite: Suite = None,
+    convention: Convention = None,
+    length: Length = None,
     stride: Stride = None,
     windows: Limit = None,
     has_head: Annotated[
@@ -167,9 +173,9 @@ def reference(
 
 def _protocol(
     text: Path | None,
-    suite: str,
-    convention: str,
-    length: int,
+    suite: str | None,
+    convention: str | None,
+    length: int | None,
     stride: int | None,
     windows: int | None,
     precision: str,
@@ -187,7 +193,7 @@ def _protocol(
         ("--convention", convention, CONVENTIONS),
         ("--suite", suite, SUITES),
     ):
-        if value not in allowed:
+        if value is not None and value not in allowed:
             raise typer.BadParameter(f"{value!r}; choose {', '.join(allowed)}", param_hint=name)
     return Protocol(
         text,
@@ -246,6 +252,7 @@ def render_perplexity(found: PerplexityResult) -> str:
             + f", {c.threads} threads, {found.seconds:.1f} s "
             f"({c.tokens / max(found.seconds, 1e-9):,.0f} tokens/s)",
         ),
+        *(labelled("note", note) for note in found.notes),
     ]
     return "\n".join(lines) + "\n"
 

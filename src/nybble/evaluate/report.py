@@ -29,7 +29,8 @@ class Conditions:
     """What a figure depends on.
 
     `model` is the folder's name; `weights_sha256` its fingerprint (names, headers, sizes and times
-    of the shards), `config_sha256` and `tokenizer_sha256` hash config.json and tokenizer.json.
+    of the shards, not their content: a second download has another one), `config_sha256` and
+    `tokenizer_sha256` hash config.json and tokenizer.json.
     `text` is a suite's or a file's name; `tokens` counts the ids that were cut into `windows`,
     `scored` those that count. `precision` is that of matmul operands, `kv_dtype` of the cache,
     `activations` what was simulated of quantized inputs, or "none". `reference` is the model that
@@ -67,7 +68,7 @@ class Conditions:
 #: What may differ between two models that are compared; all the rest of Conditions must agree or
 #: is only noted.
 SUBJECTS = ("model", "weights_sha256", "config_sha256", "reference")
-NOTED = ("text", "nybble", "torch", "isa", "kernels", "threads")
+NOTED = ("text", "reference_sha256", "nybble", "torch", "isa", "kernels", "threads")
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,16 @@ from nybble.progress import Progress
 LOGITS_BYTES = 1 << 28
 
 
+def logits_rows(vocabulary: int) -> int:
+    """How many rows of logits exist at once."""
+    return max(1, min(1024, LOGITS_BYTES // (4 * vocabulary)))
+
+
+def logits_bytes(vocabulary: int) -> int:
+    """What they take, of one model."""
+    return 4 * vocabulary * logits_rows(vocabulary)
+
+
 class HiddenSource(Protocol):
     """Final normed hidden states of windows, and the head that reads them."""
 
@@ -128,7 +138,7 @@ def compare(
 def _pieces(window: Window, normed: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows and the tokens they predict, a few at a time: row p predicts token p + 1."""
     tokens = torch.from_numpy(np.ascontiguousarray(window.tokens, dtype=np.int64))
-    step = max(1, min(1024, LOGITS_BYTES // (4 * vocabulary)))
+    step = logits_rows(vocabulary)
     for at in range(window.first_scored, len(tokens), step):
         targets = tokens[at : at + step]
         yield normed[at - 1 : at - 1 + len(targets)].contiguous(), targets

@@ -71,10 +71,12 @@ class StreamedSource:
 class PackedSource:
     """A reference pack's: what a BF16 model handed to its head, and that head."""
 
-    def __init__(self, pack: Pack, head: Linear | None = None) -> None:
-        """`head` is the reference model's own where the pack came without; it is held to the pack's
-        hash. Raises EvaluationError if there is none or it is another one."""
+    def __init__(self, pack: Pack, head: Linear | None = None, count: int | None = None) -> None:
+        """The first `count` windows. `head` is the reference model's own where the pack came
+        without; it is held to the pack's hash. Raises EvaluationError if there is none or it is
+        another one."""
         self.pack = pack
+        self.count = len(pack.windows) if count is None else count
         if pack.has_head:
             self.head = Linear(("lm_head",), prepare([pack.head()], name="lm_head of the pack"))
             return
@@ -93,6 +95,6 @@ class PackedSource:
 
     def normed(self) -> Iterator[tuple[int, Tensor]]:
         """See HiddenSource."""
-        for i in range(len(self.pack.windows)):
+        for i in range(self.count):
             yield i, torch.from_numpy(self.pack.hidden(i).astype(np.float32))
             self.pack.drop_pages(i)

@@ -7,7 +7,7 @@ Vectors (norms, biases, decays) become float32 tensors of their own; matrices ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nybble.check.contents import CODES, Contents, Module, read_contents
+from nybble.check.contents import CODES, KV_SCALES, Contents, Module, read_contents
 from nybble.checkpoint.dialects import declaration_of
 from nybble.checkpoint.reader import Checkpoint
 from nybble.checkpoint.safetensors import TensorInfo
@@ -47,6 +47,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     )
 }
 _PLAIN = ("BF16", "F16", "F32")
+#: All that a module may consist of to be computed; anything else would be ignored in silence.
+_KNOWN_LEAVES = frozenset(
+    (*CODES, "bias", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale")
+    + ("input_scale", "input_global_scale", "weight_shape", *KV_SCALES)
+)
+_ACTIVATIONS = {
+    "FP4": NVFP4_W4A4.input,
+    "FP8 static": FP8_STATIC.input,
+    "FP8 dynamic": FP8_DYNAMIC.input,
+}
 _INPUT_SCALES = ("input_scale", "input_global_scale")
 
 
@@ -63,6 +73,12 @@ class Weights:
             checkpoint.config, self.family, ARCHITECTURES[self.family.model_type]
         )
         self.prefix = self._find_prefix()
+        section = checkpoint.config.get("quantization_config")
+        if isinstance(section, Mapping) and section.get("transform_config"):
+            raise ModelError(
+                f"{checkpoint.path}: config.json has a transform_config (rotations), which nybble "
+                "does not compute; results would be wrong"
+            )
 
     @cached_property
     def contents(self) -> Contents:
@@ -91,6 +107,12 @@ class Weights:
             )
         if found.kind.problem:
             raise ModelError(f"{self.checkpoint.path}: {name}: {found.kind.problem}")
+        for tensor in found.tensors:
+            if found.kind.is_quantized and tensor.name[len(name) + 1 :] not in _KNOWN_LEAVES:
+                raise ModelError(
+                    f"{self.checkpoint.path}: {tensor.name}: nybble does not compute with this; "
+                    "leaving it out would give other answers than an engine's"
+                )
         return found
 
     def vector(self, name: str, shape: Shape) -> Tensor:
@@ -175,12 +197,15 @@ class Weights:
         declared = self.module(name).declared
         if declared is None or declared.activation in ("", "BF16"):
             return None
-        if declared.activation == "FP4":
-            return NVFP4_W4A4.input
-        if declared.activation == "FP8 static":
-            return FP8_STATIC.input
-        block = declared.weight == FP8_BLOCK.name
-        return (FP8_BLOCK_DYNAMIC if block else FP8_DYNAMIC).input
+        if declared.activation not in _ACTIVATIONS:
+            raise ModelError(
+                f"{self.checkpoint.path}: {name} is declared with inputs in "
+                f"{declared.activation!r}, which nybble cannot simulate; it knows "
+                f"{', '.join(_ACTIVATIONS)}"
+            )
+        if declared.activation == "FP8 dynamic" and declared.weight == FP8_BLOCK.name:
+            return FP8_BLOCK_DYNAMIC.input
+        return _ACTIVATIONS[declared.activation]
 
     def input_scale(self, name: str) -> float | None:
         """The stored scale of the module's input, as a multiplier."""
@@ -223,7 +248,13 @@ class Weights:
                 )
             return Experts(names, prepare_experts([[w] for w in stacked], name=stack))
         weights = [[self.weight(n, (rows, k)) for n in expert] for expert in names]
-        activation = self.activation(names[0][0])
+        activations = {self.activation(n) for expert in names for n in expert}
+        if len(activations) > 1:
+            raise ModelError(
+                f"{self.checkpoint.path}: the experts of {base} declare their inputs quantized "
+                "differently; engines run all alike"
+            )
+        activation = activations.pop()
         scales = None
         if activation is not None and activation.has_input_scale:
             found = [max(filter(None, map(self.input_scale, e)), default=None) for e in names]
@@ -241,6 +272,27 @@ class Weights:
             window = self.network.layer_window(number)
             mixer = self._attention(f"{base}self_attn.", window)
         return self._layer(base, mixer, has_experts=dims.has_experts[number])
+
+    def check(self) -> None:
+        """Make every part of the network once, so that what is missing, misshapen or unknown is
+        said before hours of work. Raises ModelError."""
+        for number in range(self.network.dims.layers):
+            self.layer(number)
+        self.embedding()
+        self.final_norm()
+        self.head()
+
+    def damaged(self, number: int) -> str:
+        """The first tensor of a layer that holds NaN or infinity, "" if none does."""
+        for name in self._by_layer.get(f"{self.prefix}layers.{number}.", ()):
+            array = self.checkpoint.array(name)
+            if array.dtype.kind in "iub":
+                continue
+            for at in range(0, array.size, 1 << 22):
+                part = array.reshape(-1)[at : at + (1 << 22)].astype(np.float32)
+                if not np.isfinite(part).all():
+                    return name
+        return ""
 
     def drop_layer(self, number: int) -> None:
         """Let the mapped pages of a layer's weights go; touched again, they are read again."""

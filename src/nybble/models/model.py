@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nybble.checkpoint.reader import Checkpoint
+from nybble.errors import EngineError
 from nybble.kernels.elementwise import rms_norm
 from nybble.models.layer import Layer
 from nybble.models.linear import Linear, Mode
@@ -57,8 +58,19 @@ class Model:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [T] -> float32 [T, H]."""
-        rows = self.weights.embedding()[tokens.numpy()]
-        return torch.from_numpy(rows.astype(np.float32))
+        rows = self.weights.embedding()[tokens.numpy()].astype(np.float32)
+        if not np.isfinite(rows.sum()) and not np.isfinite(rows).all():
+            bad = int(tokens[int(np.flatnonzero(~np.isfinite(rows).all(-1))[0])])
+            raise EngineError(
+                f"{self.weights.prefix}embed_tokens.weight: the row of token {bad} is NaN or "
+                "infinite; the checkpoint is damaged"
+            )
+        return torch.from_numpy(rows)
+
+    def explained(self, number: int, error: EngineError) -> EngineError:
+        """The error of a layer, with the tensor that is to blame where one holds NaN itself."""
+        name = self.weights.damaged(number)
+        return EngineError(f"{error}. {name} holds NaN or infinity" if name else str(error))
 
     def normed(self, hidden: Tensor, mode: Mode) -> Tensor:
         """The final norm: what the head reads, float32 [T, H]."""
@@ -73,7 +85,10 @@ class Model:
             hidden = self.embed(batch.tokens)
             for i, layer in enumerate(self.layers):
                 cache = states.layers[i] if self.network.is_linear(i) else pages.layers[i]
-                hidden = layer(hidden, batch, cache, mode)
+                try:
+                    hidden = layer(hidden, batch, cache, mode)
+                except EngineError as error:
+                    raise self.explained(i, error) from error
             return self.normed(hidden, mode)
 
     def logits(self, normed: Tensor, mode: Mode) -> Tensor:

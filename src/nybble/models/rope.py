@@ -129,6 +129,12 @@ def _settings(text: Section) -> Section:
     for key in ("rope_parameters", "rope_scaling"):
         found = text.get(key)
         if isinstance(found, Mapping):
+            nested = [k for k, v in found.items() if isinstance(v, Mapping)]
+            if nested:
+                raise ModelError(
+                    f"config.json: {key}.{nested[0]} is an object: a rotary embedding for each "
+                    "kind of layer is not implemented"
+                )
             return found
         if found is not None:
             raise ModelError(f"config.json: {key} must be an object, found {found!r}")

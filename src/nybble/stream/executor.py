@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nybble.errors import TextError
+from nybble.errors import EngineError, TextError
+from nybble.kernels.dispatch import choose
 from nybble.models.linear import Mode
 from nybble.models.model import Model
 from nybble.models.state import (
@@ -105,7 +106,11 @@ class Stream:
         cache = self._cache(number)
         for windows, batch in zip(self.plan.batches, self._batches, strict=True):
             start, stop = self.starts[windows[0]], self.starts[windows[-1] + 1]
-            hidden.write(start, layer(hidden.read(start, stop), batch, cache, self.mode))
+            try:
+                found = layer(hidden.read(start, stop), batch, cache, self.mode)
+            except EngineError as error:
+                raise model.explained(number, error) from error
+            hidden.write(start, found)
             self.progress.advance(stop - start, layer.name)
         model.weights.drop_layer(number)
 
@@ -133,5 +138,5 @@ class Stream:
         digest = hashlib.sha256(self.model.weights.checkpoint.fingerprint().encode())
         digest.update(torch.cat(self.windows).numpy().tobytes())
         digest.update(repr((self.lengths, self.mode.compute.precision)).encode())
-        digest.update(repr((self.mode.simulate, self.page_dtype)).encode())
+        digest.update(repr((self.mode.simulate, self.page_dtype, str(choose()))).encode())
         return digest.hexdigest()[:16]

@@ -7,7 +7,6 @@ it is done.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,25 +68,6 @@ def plan_stream(
                 f"{limit_bytes / 2**30:.2f} GiB{hint}, or use shorter windows or fewer"
             )
         batch_tokens //= 2
-
-
-def available_bytes() -> int | None:
-    """Memory that this process may still take: the machine's, and its control group's."""
-    found = []
-    try:
-        with open("/proc/meminfo") as file:
-            rows = dict(line.split(":", 1) for line in file)
-        found.append(int(rows["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):
-        return None
-    group = "/sys/fs/cgroup/memory"
-    for limit, used in ((f"{group}.max", f"{group}.current"),):
-        if os.path.exists(limit):
-            with open(limit) as a, open(used) as b:
-                text = a.read().strip()
-                if text != "max":
-                    found.append(int(text) - int(b.read()))
-    return max(min(found), 0)
 
 
 def _plan(network: Network, lengths: Sequence[int], batch_tokens: int, spills: bool) -> StreamPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,3 +98,32 @@ def test_the_card_s_perplexity_of_dialogues(windows: tuple[Window, ...]) -> None
     """7.21 on its 16,384 tokens; these few are of the same kind, so near it and no more."""
     nll = found(windows[:1], "f32").nll
     assert 3 < np.exp(nll.mean()) < 20
+
+
+def private_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+
+def test_memory_does_not_grow_with_the_text() -> None:
+    """Results kept between logits once tore the heap apart: 16 MB more with every window."""
+    mode = Mode(Compute("bf16", 2))
+    cut = make_windows(np.arange(120 * 512) % 4000, 512)
+    with Checkpoint.open(CARRIED) as checkpoint:
+        model = Model(checkpoint)
+        hidden = torch.randn((512, model.network.dims.hidden))
+        assert all(len(w.tokens) == 512 for w in cut)
+
+        class Fixed:
+            head = model.head
+
+            def __init__(self, count: int) -> None:
+                self.count = count
+
+            def normed(self) -> Any:
+                return ((i, hidden) for i in range(self.count))
+
+        compare(Fixed(10), Fixed(10), cut[:10], mode, Progress())
+        before = private_bytes()
+        compare(Fixed(len(cut)), Fixed(len(cut)), cut, mode, Progress())
+    assert private_bytes() - before < 400e6  # it was 1.9 GB

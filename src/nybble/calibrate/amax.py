@@ -110,6 +110,8 @@ def calibration_windows(folder: Path, text: str | None, tokens: int) -> list[Ten
     """
     tokenizer = Tokenizer.open(folder)
     if text is not None:
+        if not text.strip():
+            raise TextError("the calibration text is empty: there is nothing to measure on")
         ids = tokenizer.encode(text, parse_special=False)
         if len(ids) < tokens:
             raise TextError(

@@ -310,7 +310,11 @@ def render_reference(found: ReferenceResult) -> str:
             f"final hidden states of {c.model} on {c.tokens:,} tokens of {c.text} in {c.windows:,} "
             f"windows of {c.length} ({c.convention}); perplexity {found.perplexity.value:.4f}",
         ),
-        labelled("use", f"nybble eval CKPT --reference {found.out}"),
+        labelled(
+            "use",
+            f"nybble eval CKPT --reference {found.out}"
+            + ("" if found.has_head else " --head MODEL"),
+        ),
     ]
     return "\n".join(lines) + "\n"
 

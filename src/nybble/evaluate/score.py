@@ -24,6 +24,11 @@ from nybble.progress import Progress
 
 #: Bytes of logits that exist at once, of one model.
 LOGITS_BYTES = 1 << 28
+#: Of a divergence, in the order of TokenDivergence.
+_COLUMNS = (
+    *("kl", "reference_nll", "candidate_nll"),
+    *("reference_top", "candidate_top", "reference_p", "candidate_p"),
+)
 
 
 def logits_rows(vocabulary: int) -> int:
@@ -79,17 +84,22 @@ def score(
     source: HiddenSource, windows: Sequence[Window], mode: Mode, progress: Progress
 ) -> TokenScores:
     """The log-likelihood of every scored token. Raises EvaluationError for NaN."""
-    found: list[tuple[Tensor, Tensor]] = []
-    progress.stage("likelihoods", sum(w.scored_count for w in windows), unit="tokens")
+    count = sum(w.scored_count for w in windows)
+    # Filled in place: small results kept between large ones would tear the heap apart, and the
+    # logits' memory could not be used again.
+    nll, top = np.empty(count), np.empty(count, dtype=np.int64)
+    progress.stage("likelihoods", count, unit="tokens")
+    at = 0
     for i, normed in source.normed():
         for rows, targets in _pieces(windows[i], normed, source.head.weight.n):
             part = log_likelihood(source.head(rows, mode), targets, mode.compute)
-            found.append((part.nll, part.top))
+            stop = at + len(targets)
+            nll[at:stop], top[at:stop] = part.nll.numpy(), part.top.numpy()
+            at = stop
             progress.advance(len(targets))
     where = _places(windows)
-    nll = torch.cat([f[0] for f in found]).numpy()
     _refuse_nan(nll, where, "the log-likelihood")
-    return TokenScores(*where, nll, torch.cat([f[1] for f in found]).numpy())
+    return TokenScores(*where, nll, top)
 
 
 def compare(
@@ -109,8 +119,13 @@ def compare(
             f"the reference has a vocabulary of {sizes[0]:,} and the candidate of {sizes[1]:,}: "
             "they are not of one model"
         )
-    parts = []
-    progress.stage("divergence", sum(w.scored_count for w in windows), unit="tokens")
+    count = sum(w.scored_count for w in windows)
+    columns = {
+        name: np.empty(count, dtype=np.int64 if name.endswith("_top") else np.float64)
+        for name in _COLUMNS
+    }
+    progress.stage("divergence", count, unit="tokens")
+    at = 0
     for (i, ours), (j, theirs) in zip(reference.normed(), candidate.normed(), strict=True):
         assert i == j
         pairs = zip(
@@ -118,18 +133,14 @@ def compare(
         )
         for (a, targets), (b, _) in pairs:
             logits = reference.head(a, mode), candidate.head(b, mode)
-            parts.append(divergence(*logits, targets, mode.compute))
+            part = divergence(*logits, targets, mode.compute)
+            stop = at + len(targets)
+            for name, column in columns.items():
+                column[at:stop] = getattr(part, name).numpy()
+            at = stop
             progress.advance(len(targets))
     where = _places(windows)
-
-    def column(name: str) -> NDArray[np.generic]:
-        return torch.cat([getattr(p, name) for p in parts]).numpy()
-
-    names = ("kl", "reference_nll", "candidate_nll", "reference_top", "candidate_top")
-    found = TokenDivergence(
-        *where,
-        *(column(name) for name in (*names, "reference_p", "candidate_p")),  # type: ignore[arg-type]
-    )
+    found = TokenDivergence(*where, *columns.values())  # type: ignore[arg-type]
     _refuse_nan(found.reference_nll, where, "the reference's log-likelihood")
     _refuse_nan(found.kl, where, "the divergence")
     return found

@@ -167,7 +167,7 @@ def make_windows(
         if len(tokens) < max(2, length // 2):
             raise TextError(
                 f"the text has {len(tokens)} tokens, windows of {length} need at least "
-                f"{max(2, length // 2)}; give a longer text or a shorter window"
+                f"{max(2, length // 2)} (half a window); give a longer text or a smaller --length"
             )
         step = stride if stride is not None else length
         windows = list(_sliding(tokens, length, step))
@@ -206,8 +206,9 @@ def _check_settings(
     if length < shortest:
         raise EvaluationError(f"a window of {length} tokens scores nothing; give {shortest} up")
     if (stride is not None) != (convention == "sliding"):
+        mend = f"give --stride, such as {length // 2}" if stride is None else "leave --stride out"
         verb = "needs a" if convention == "sliding" else "has no"
-        raise EvaluationError(f"the convention {convention!r} {verb} stride, found {stride}")
+        raise EvaluationError(f"the convention {convention!r} {verb} stride; {mend}")
     if stride is not None and not 0 < stride < length:
         raise EvaluationError(
             f"stride {stride} with windows of {length}: give 1 to {length - 1}; windows that do "

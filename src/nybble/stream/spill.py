@@ -78,7 +78,10 @@ class OnDisk:
             self._resume()
             self.files = [self._open(i) for i in range(2)]
         except OSError as error:
-            raise CheckpointError(f"{folder}: cannot hold hidden states: {error}") from error
+            raise CheckpointError(
+                f"{folder}: cannot hold hidden states: {error.strerror}; give --spill a folder "
+                "that can be made and written, on a disk with room"
+            ) from error
 
     def _resume(self) -> None:
         record = self.folder / _RECORD

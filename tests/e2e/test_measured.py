@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import nybble.api.generate as generate_module
+import nybble.api.extras as extras_module
 import nybble.api.quantize as api
 import nybble.quantize.run as run_module
 import tiny
@@ -62,7 +62,7 @@ def plan(source: Path) -> Iterator[Plan]:
 
 @pytest.fixture
 def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras_module, "find_spec", lambda name: None)
 
 
 # ---------------------------------------------------------------------------------------- resume
@@ -313,7 +313,7 @@ def ask(
 
     module = SimpleNamespace(measure_amax=measure_amax)
     monkeypatch.setitem(sys.modules, "nybble.calibrate.amax", module)
-    monkeypatch.setattr(generate_module, "find_spec", lambda name: name)
+    monkeypatch.setattr(extras_module, "find_spec", lambda name: name)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         asked.clear()

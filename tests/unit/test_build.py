@@ -19,7 +19,6 @@ from nybble.errors import KernelUnavailable
 from nybble.formats.block import NVFP4
 from nybble.formats.search import quantize as definition
 from nybble.kernels import block_quantize, build, dispatch
-from nybble.kernels.block_quantize import cpu
 
 SOURCE = Path(build.__file__).parents[2]
 HAS_COMPILER = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
@@ -40,7 +39,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lives as long as a process is found anew; the real library comes back after the test."""
     load = lru_cache(build.load.__wrapped__)
-    for module in (build, dispatch, cpu):
+    for module in (build, dispatch):
         monkeypatch.setattr(module, "load", load)
     monkeypatch.setattr(dispatch, "_choose", lru_cache(dispatch._choose.__wrapped__))
 

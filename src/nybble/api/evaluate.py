@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import nybble
-from nybble.api.generate import needs_torch
+from nybble.api.extras import needs_torch
 from nybble.checkpoint.reader import Checkpoint
 from nybble.errors import CheckpointError, EvaluationError, TextError
 from nybble.kernels.compute import Compute, Precision

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nybble.api.extras import needs_torch
 from nybble.checkpoint.reader import Checkpoint
-from nybble.errors import MissingExtra
 from nybble.kernels.compute import Compute, Precision
 from nybble.kernels.dispatch import choose, default_threads
 
@@ -56,16 +55,6 @@ class Generation:
             "kernels": self.kernels,
             "threads": self.threads,
         }
-
-
-def needs_torch(command: str, otherwise: str = "") -> None:
-    """Raise MissingExtra, naming the extra and, where there is one, the way without."""
-    for library in ("torch", "tokenizers", "jinja2"):
-        if find_spec(library) is None:
-            raise MissingExtra(
-                f"{command} runs the model, which needs {library}: "
-                f"pip install 'nybble[torch]'{otherwise}"
-            )
 
 
 def generate(

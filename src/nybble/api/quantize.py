@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 import nybble
-from nybble.api.generate import needs_torch
+from nybble.api.extras import needs_torch
 from nybble.api.plan import find_layout, totals
 from nybble.calibrate.scales import HEADROOM, InputAmax, check_headroom, input_scales
 from nybble.check.audit import Audit, audit

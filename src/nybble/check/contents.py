@@ -25,6 +25,9 @@ from nybble.formats.block import FP8_BLOCK, Shape
 
 INPUT_SCALES = ("input_scale", "input_global_scale")
 KV_SCALES = ("k_scale", "v_scale", "q_scale")
+#: The scales of a weight's blocks, channels or whole, and those of a tensor above them.
+SCALES = ("weight_scale", "weight_scale_inv", "scales")
+TENSOR_SCALES = ("weight_scale_2", "weight_global_scale")
 #: Names of the codes of a quantized weight, the more telling first.
 CODES = ("weight_packed", "qweight", "weight")
 #: What describes a weight and is no parameter.
@@ -95,6 +98,11 @@ class Module:
                 for t in self.tensors
             ],
         }
+
+
+def is_divisor(scale: TensorInfo) -> bool:
+    """Whether a stored scale divides; all others multiply."""
+    return scale.name.endswith("_global_scale")
 
 
 def declared_json(declared: Declared | None) -> dict[str, object] | None:

@@ -211,7 +211,7 @@ def _protocol(
 
 
 def _prepare(command: str) -> None:
-    from nybble.api.generate import needs_torch
+    from nybble.api.extras import needs_torch
     from nybble.kernels.dispatch import choose
     from nybble.progress import waiting
 

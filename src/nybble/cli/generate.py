@@ -42,7 +42,8 @@ def command(
     output_format: OutputFormat = "text",
 ) -> None:
     """Generate text from a checkpoint, quantized or not; streamed to the terminal."""
-    from nybble.api.generate import generate, needs_torch
+    from nybble.api.extras import needs_torch
+    from nybble.api.generate import generate
     from nybble.cli.output import write_json
     from nybble.kernels.dispatch import choose
     from nybble.progress import waiting

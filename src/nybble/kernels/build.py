@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from nybble.errors import KernelUnavailable
+
 log = logging.getLogger("nybble")
 
 FOLDER = Path(__file__).parent
@@ -172,3 +174,11 @@ def load() -> Library:
     except OSError as error:
         log.warning("compiled kernels could not be loaded from %s: %s", path, error)
         return Library(None, f"{path} could not be loaded: {error}")
+
+
+def loaded() -> ctypes.CDLL:
+    """The library for a caller that cannot do without. Raises KernelUnavailable with the reason."""
+    library = load()
+    if library.handle is None:  # dispatch never gets here; a direct caller may
+        raise KernelUnavailable(library.origin)
+    return library.handle

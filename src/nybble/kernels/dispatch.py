@@ -73,6 +73,11 @@ def _choose(backend: str, isa: str) -> Choice:
     return choice
 
 
+def isa_level() -> int:
+    """The number that C knows the chosen instruction set by (isa.h)."""
+    return ISAS[choose().isa]
+
+
 def default_threads() -> int:
     """The processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nybble.check.contents import CODES, KV_SCALES, Contents, Module, read_contents
+from nybble.check.contents import (
+    CODES,
+    INPUT_SCALES,
+    KV_SCALES,
+    SCALES,
+    TENSOR_SCALES,
+    Contents,
+    Module,
+    is_divisor,
+    read_contents,
+)
 from nybble.checkpoint.dialects import declaration_of
 from nybble.checkpoint.reader import Checkpoint
 from nybble.checkpoint.safetensors import TensorInfo
@@ -34,6 +44,7 @@ from nybble.models.layer import Layer
 from nybble.models.linear import Experts, Linear
 from nybble.models.mtp import MtpHead
 from nybble.models.network import Architecture, Network, read_network
+from nybble.plan.refusals import FLOATS
 
 ARCHITECTURES: dict[str, Architecture] = {
     a.model_type: a
@@ -46,18 +57,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         llama.ARCHITECTURE,
     )
 }
-_PLAIN = ("BF16", "F16", "F32")
 #: All that a module may consist of to be computed; anything else would be ignored in silence.
 _KNOWN_LEAVES = frozenset(
-    (*CODES, "bias", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale")
-    + ("input_scale", "input_global_scale", "weight_shape", *KV_SCALES)
+    (*CODES, *SCALES[:2], *TENSOR_SCALES, *INPUT_SCALES, *KV_SCALES, "bias", "weight_shape")
 )
 _ACTIVATIONS = {
     "FP4": NVFP4_W4A4.input,
     "FP8 static": FP8_STATIC.input,
     "FP8 dynamic": FP8_DYNAMIC.input,
 }
-_INPUT_SCALES = ("input_scale", "input_global_scale")
 
 
 class Weights:
@@ -128,7 +136,7 @@ class Weights:
                 f"{self.checkpoint.path}: {name}: expected {list(shape)} from config.json, found "
                 f"{list(info.shape)}"
             )
-        if info.dtype not in _PLAIN:
+        if info.dtype not in FLOATS:
             raise ModelError(f"{self.checkpoint.path}: {name}: is {info.dtype}, expected a float")
         values = self.checkpoint.array(name).astype(np.float32).reshape(shape)
         return torch.from_numpy(np.ascontiguousarray(values))
@@ -147,7 +155,7 @@ class Weights:
         if codes is None:
             raise ModelError(f"{self.checkpoint.path}: {name} has no weight")
         if not module.kind.is_quantized:
-            if codes.dtype not in _PLAIN:
+            if codes.dtype not in FLOATS:
                 raise ModelError(
                     f"{self.checkpoint.path}: {codes.name} is {codes.dtype}, expected a float"
                 )
@@ -163,7 +171,7 @@ class Weights:
 
     def _packed(self, module: Module, codes: TensorInfo, shape: Shape) -> BlockScaledTensor:
         fmt = FORMATS.get(module.kind.held)
-        scale = module.tensor("weight_scale", "weight_scale_inv")
+        scale = module.tensor(*SCALES[:2])
         if fmt is None or scale is None:
             raise ModelError(
                 f"{self.checkpoint.path}: {module.name} is {module.kind.held}, which nybble does "
@@ -173,7 +181,7 @@ class Weights:
         full = (*raw.shape[:-1], raw.shape[-1] * (2 if fmt.is_packed else 1))
         tensor_scale = None
         if fmt.has_tensor_scale:
-            tensor_scale = self._multiplier(module, "weight_scale_2", "weight_global_scale")
+            tensor_scale = self._multiplier(module, *TENSOR_SCALES)
         return BlockScaledTensor(fmt, full, raw, self._block_scales(fmt, scale, full), tensor_scale)
 
     def _block_scales(self, fmt: BlockFormat, scale: TensorInfo, shape: Shape) -> NDArray:  # type: ignore[type-arg]
@@ -188,7 +196,7 @@ class Weights:
         if found is None:
             return None
         value = self.checkpoint.array(found.name).astype(np.float32).reshape(())
-        if found.name.endswith("_global_scale"):
+        if is_divisor(found):
             value = np.float32(1) / value
         return np.asarray(value, dtype=np.float32)
 
@@ -209,7 +217,7 @@ class Weights:
 
     def input_scale(self, name: str) -> float | None:
         """The stored scale of the module's input, as a multiplier."""
-        found = self._multiplier(self.module(name), *_INPUT_SCALES)
+        found = self._multiplier(self.module(name), *INPUT_SCALES)
         return None if found is None else float(found)
 
     # ------------------------------------------------------------------------------- the parts

@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.check.contents import CODES, Contents, Module, read_contents
+from nybble.check.contents import (
+    CODES,
+    INPUT_SCALES,
+    SCALES,
+    TENSOR_SCALES,
+    Contents,
+    Module,
+    is_divisor,
+    read_contents,
+)
 from nybble.checkpoint.dialects import declaration_of
 from nybble.checkpoint.reader import Checkpoint, U8Array
 from nybble.checkpoint.safetensors import WIDTHS, TensorInfo
@@ -168,7 +177,7 @@ class TensorComparison:
     def multipliers(self, scale: TensorInfo, checkpoint: Checkpoint) -> NDArray[np.float64]:
         """Scales as what codes are multiplied with, flat."""
         value = checkpoint.array(scale.name).reshape(-1).astype(np.float32)
-        if _is_divisor(scale):
+        if is_divisor(scale):
             with np.errstate(divide="ignore"):
                 value = np.float32(1) / value
         return value.astype(np.float64)
@@ -239,9 +248,9 @@ class _Parts:
 def _parts(module: Module) -> _Parts:
     return _Parts(
         module.tensor(*CODES),
-        module.tensor("weight_scale", "weight_scale_inv", "scales"),
-        module.tensor("weight_scale_2", "weight_global_scale"),
-        module.tensor("input_scale", "input_global_scale"),
+        module.tensor(*SCALES),
+        module.tensor(*TENSOR_SCALES),
+        module.tensor(*INPUT_SCALES),
     )
 
 
@@ -252,10 +261,6 @@ def _contents(checkpoint: Checkpoint) -> Contents:
 def _identity(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     status = (checkpoint.path / name).stat()
     return status.st_dev, status.st_ino
-
-
-def _is_divisor(tensor: TensorInfo) -> bool:
-    return tensor.name.endswith("_global_scale")
 
 
 def _spell(tensor: TensorInfo) -> str:

@@ -8,10 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nybble.errors import DoesNotFit, KernelUnavailable
+from nybble.errors import DoesNotFit
 from nybble.kernels.block_matmul import Prepared
 from nybble.kernels.block_matmul.segments import Table
-from nybble.kernels.build import load
+from nybble.kernels.build import loaded
 from nybble.kernels.compute import Compute
 
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -60,9 +60,7 @@ def run(
 
 @lru_cache(maxsize=1)
 def _function() -> ctypes._NamedFuncPointer:
-    library = load().handle
-    if library is None:  # dispatch never gets here; a direct caller may
-        raise KernelUnavailable(load().origin)
+    library = loaded()
     function = library.nyb_matmul
     function.restype = _INT
     function.argtypes = [

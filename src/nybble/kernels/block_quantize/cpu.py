@@ -9,13 +9,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.errors import KernelUnavailable
 from nybble.formats.block import MXFP4, NVFP4, BlockFormat
 from nybble.formats.element import F32Array, U8Array
 from nybble.formats.search import Search
 from nybble.kernels import dispatch
 from nybble.kernels.block_quantize import Buffers, Comparison, Runs
-from nybble.kernels.build import load
+from nybble.kernels.build import loaded
 
 # The enums and structs of cpu.h.
 _DTYPES = {np.dtype(ml_dtypes.bfloat16): 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
@@ -134,14 +133,12 @@ def _segments(
 
 def _call(name: str, segments: NDArray[np.void], *rest: object, threads: int) -> None:
     """Call a function of cpu.h: segments, their count, integers and arrays, isa, threads."""
-    library = load().handle
-    if library is None:  # dispatch never gets here; a direct caller may
-        raise KernelUnavailable(load().origin)
+    library = loaded()
     arguments: list[object] = [ctypes.c_void_p(_address(segments)), ctypes.c_int64(len(segments))]
     for value in rest:
         if isinstance(value, np.ndarray):
             arguments.append(ctypes.c_void_p(_address(value)))
         else:
             arguments.append(ctypes.c_int(value))  # type: ignore[arg-type]
-    isa = dispatch.ISAS[dispatch.choose().isa]
+    isa = dispatch.isa_level()
     getattr(library, name)(*arguments, ctypes.c_int(isa), ctypes.c_int(threads))

@@ -11,12 +11,12 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from nybble.errors import EngineError
 from nybble.kernels import dispatch
 from nybble.kernels.compute import Compute
+from nybble.kernels.tensors import check_tensor
 
 Activation = Literal["silu", "sigmoid"]
 ACTIVATIONS = ("silu", "sigmoid")
@@ -28,8 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, compute: C
     weight is [H]; offset is 1 for zero-centred weights, else 0 (spec: RMSNorm, arXiv 1910.07467).
     Raises EngineError for other shapes or dtypes.
     """
-    _check(x, "x", tuple(x.shape), "rms_norm")
-    _check(weight, "weight", tuple(x.shape[-1:]), "rms_norm")
+    check_tensor(x, "rms_norm", "x", tuple(x.shape))
+    check_tensor(weight, "rms_norm", "weight", tuple(x.shape[-1:]))
     return _backend().rms_norm(x, weight, eps, offset, compute)  # type: ignore[no-any-return]
 
 
@@ -47,10 +47,10 @@ def gated_rms_norm(
         )
     if x.ndim != 3:
         raise EngineError(f"gated_rms_norm: x must be [T, Hv, Dv], found {list(x.shape)}")
-    _check(x, "x", tuple(x.shape), "gated_rms_norm")
+    check_tensor(x, "gated_rms_norm", "x", tuple(x.shape))
     flat = (x.shape[0], x.shape[1] * x.shape[2])
-    _check(z, "z", flat if z.ndim == 2 else tuple(x.shape), "gated_rms_norm")
-    _check(weight, "weight", tuple(x.shape[-1:]), "gated_rms_norm")
+    check_tensor(z, "gated_rms_norm", "z", flat if z.ndim == 2 else tuple(x.shape))
+    check_tensor(weight, "gated_rms_norm", "weight", tuple(x.shape[-1:]))
     return _backend().gated_rms_norm(  # type: ignore[no-any-return]
         x, z.reshape(x.shape), weight, eps, activation, compute
     )
@@ -70,9 +70,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, compute: Compute) -> None:
     half = cos.shape[1]
     if 2 * half > x.shape[2]:
         raise EngineError(f"rotary: {2 * half} rotated dims in heads of {x.shape[2]}")
-    _check(x, "x", tuple(x.shape), "rotary")
-    _check(cos, "cos", (x.shape[0], half), "rotary")
-    _check(sin, "sin", (x.shape[0], half), "rotary")
+    check_tensor(x, "rotary", "x", tuple(x.shape))
+    check_tensor(cos, "rotary", "cos", (x.shape[0], half))
+    check_tensor(sin, "rotary", "sin", (x.shape[0], half))
     _backend().rotary(x, cos, sin, compute)
 
 
@@ -83,14 +83,14 @@ def silu_mul(x: Tensor, compute: Compute) -> Tensor:
     """
     if x.ndim != 2 or x.shape[1] % 2:
         raise EngineError(f"silu_mul: x must be [M, 2 I], found {list(x.shape)}")
-    _check(x, "x", tuple(x.shape), "silu_mul")
+    check_tensor(x, "silu_mul", "x", tuple(x.shape))
     return _backend().silu_mul(x, compute)  # type: ignore[no-any-return]
 
 
 def sigmoid_mul(x: Tensor, gate: Tensor, compute: Compute) -> Tensor:
     """x * sigmoid(gate), elementwise; both of one shape. Raises EngineError otherwise."""
-    _check(x, "x", tuple(x.shape), "sigmoid_mul")
-    _check(gate, "gate", tuple(x.shape), "sigmoid_mul")
+    check_tensor(x, "sigmoid_mul", "x", tuple(x.shape))
+    check_tensor(gate, "sigmoid_mul", "gate", tuple(x.shape))
     return _backend().sigmoid_mul(x, gate, compute)  # type: ignore[no-any-return]
 
 
@@ -107,13 +107,3 @@ def _load(backend: str) -> ModuleType:
     from nybble.kernels.elementwise import reference
 
     return reference
-
-
-def _check(tensor: Tensor, name: str, shape: tuple[int, ...], operation: str) -> None:
-    if tensor.dtype != torch.float32 or tensor.shape != shape or not tensor.is_contiguous():
-        raise EngineError(
-            f"{operation}: {name} must be contiguous torch.float32 {list(shape)}, found "
-            f"{'' if tensor.is_contiguous() else 'strided '}{tensor.dtype} {list(tensor.shape)}"
-        )
-    if tensor.device.type != "cpu":
-        raise EngineError(f"{operation}: {name} must be on the CPU, found {tensor.device}")

@@ -8,9 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nybble.errors import KernelUnavailable
 from nybble.kernels import dispatch
-from nybble.kernels.build import load
+from nybble.kernels.build import loaded
 from nybble.kernels.compute import Compute
 
 _ACTIVATIONS = {"silu": 1, "sigmoid": 2}  # the enum of rows.c
@@ -94,14 +93,12 @@ def _rows(x: Tensor) -> tuple[int, int]:
 
 
 def _how(compute: Compute) -> tuple[int, int]:
-    return dispatch.ISAS[dispatch.choose().isa], compute.threads
+    return dispatch.isa_level(), compute.threads
 
 
 @lru_cache(maxsize=len(_SIGNATURES))
 def _function(name: str) -> ctypes._NamedFuncPointer:
-    library = load().handle
-    if library is None:  # dispatch never gets here; a direct caller may
-        raise KernelUnavailable(load().origin)
+    library = loaded()
     function: ctypes._NamedFuncPointer = getattr(library, name)
     function.restype = None
     function.argtypes = _SIGNATURES[name]

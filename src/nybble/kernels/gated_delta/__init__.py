@@ -26,6 +26,7 @@ from torch import Tensor
 from nybble.errors import EngineError
 from nybble.kernels import dispatch
 from nybble.kernels.compute import Compute
+from nybble.kernels.tensors import check_tensor
 
 #: Taps of a convolution: what the C kernels keep at hand.
 MOST_TAPS = 16
@@ -67,9 +68,9 @@ def causal_conv(
     """
     channels, taps = weight.shape if weight.ndim == 2 else (-1, -1)
     count = len(state) if state.ndim == 3 else -1
-    _check_tensor(x, "x", (len(x), channels))
-    _check_tensor(weight, "weight", (channels, min(max(taps, 1), MOST_TAPS)))
-    _check_tensor(state, "state", (count, taps - 1, channels))
+    check_tensor(x, "gated delta", "x", (len(x), channels))
+    check_tensor(weight, "gated delta", "weight", (channels, min(max(taps, 1), MOST_TAPS)))
+    check_tensor(state, "gated delta", "state", (count, taps - 1, channels))
     _check_batch(len(x), count, starts, lengths, slots)
     return _backend().causal_conv(x, weight, state, starts, lengths, slots, compute)  # type: ignore[no-any-return]
 
@@ -81,10 +82,10 @@ def decay(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor,
     20. Raises EngineError for other shapes or dtypes.
     """
     heads = len(a_log) if a_log.ndim == 1 else -1
-    _check_tensor(a, "a", (len(a), heads))
-    _check_tensor(b, "b", (len(a), heads))
-    _check_tensor(a_log, "a_log", (heads,))
-    _check_tensor(dt_bias, "dt_bias", (heads,))
+    check_tensor(a, "gated delta", "a", (len(a), heads))
+    check_tensor(b, "gated delta", "b", (len(a), heads))
+    check_tensor(a_log, "gated delta", "a_log", (heads,))
+    check_tensor(dt_bias, "gated delta", "dt_bias", (heads,))
     return _backend().decay(a, b, a_log, dt_bias)  # type: ignore[no-any-return]
 
 
@@ -123,10 +124,10 @@ def gated_delta(
             f"{key_heads} key heads of {key_dim}"
         )
     count = len(state) if state.ndim == 4 else -1
-    _check_tensor(mixed, "mixed", (len(mixed), heads.channels))
-    _check_tensor(g, "g", (len(mixed), value_heads))
-    _check_tensor(beta, "beta", (len(mixed), value_heads))
-    _check_tensor(state, "state", (count, value_heads, key_dim, value_dim))
+    check_tensor(mixed, "gated delta", "mixed", (len(mixed), heads.channels))
+    check_tensor(g, "gated delta", "g", (len(mixed), value_heads))
+    check_tensor(beta, "gated delta", "beta", (len(mixed), value_heads))
+    check_tensor(state, "gated delta", "state", (count, value_heads, key_dim, value_dim))
     _check_batch(len(mixed), count, starts, lengths, slots)
     return _backend().gated_delta(  # type: ignore[no-any-return]
         mixed, g, beta, state, starts, lengths, slots, heads, is_recurrent, compute
@@ -148,24 +149,12 @@ def _load(backend: str) -> ModuleType:
     return reference
 
 
-def _check_tensor(
-    tensor: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> None:
-    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
-        raise EngineError(
-            f"gated delta: {name} must be contiguous {dtype} {list(shape)}, found "
-            f"{'' if tensor.is_contiguous() else 'strided '}{tensor.dtype} {list(tensor.shape)}"
-        )
-    if tensor.device.type != "cpu":
-        raise EngineError(f"gated delta: {name} must be on the CPU, found {tensor.device}")
-
-
 def _check_batch(tokens: int, pool: int, starts: Tensor, lengths: Tensor, slots: Tensor) -> None:
     """Every number that addresses memory is read here: the kernels trust them."""
     count = len(lengths) if lengths.ndim == 1 else -1
-    _check_tensor(lengths, "lengths", (count,), torch.int32)
-    _check_tensor(starts, "starts", (count + 1,), torch.int32)
-    _check_tensor(slots, "slots", (count,), torch.int32)
+    check_tensor(lengths, "gated delta", "lengths", (count,), torch.int32)
+    check_tensor(starts, "gated delta", "starts", (count + 1,), torch.int32)
+    check_tensor(slots, "gated delta", "slots", (count,), torch.int32)
     begins, before, numbers = starts.tolist(), lengths.tolist(), slots.tolist()
     if begins[0] != 0 or begins[-1] != tokens or begins != sorted(begins):
         raise EngineError(

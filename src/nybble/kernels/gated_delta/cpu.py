@@ -8,9 +8,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nybble.errors import DoesNotFit, KernelUnavailable
+from nybble.errors import DoesNotFit
 from nybble.kernels import dispatch
-from nybble.kernels.build import load
+from nybble.kernels.build import loaded
 from nybble.kernels.compute import Compute
 from nybble.kernels.gated_delta import Heads
 
@@ -49,7 +49,7 @@ def decay(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor,
     _function("nyb_decay")(
         *(t.data_ptr() for t in (a, b, a_log, dt_bias, g, beta)),
         *a.shape,
-        dispatch.ISAS[dispatch.choose().isa],
+        dispatch.isa_level(),
     )
     return g, beta
 
@@ -84,14 +84,12 @@ def gated_delta(
 
 
 def _how(compute: Compute) -> tuple[int, int]:
-    return dispatch.ISAS[dispatch.choose().isa], compute.threads
+    return dispatch.isa_level(), compute.threads
 
 
 @lru_cache(maxsize=len(_SIGNATURES))
 def _function(name: str) -> ctypes._NamedFuncPointer:
-    library = load().handle
-    if library is None:  # dispatch never gets here; a direct caller may
-        raise KernelUnavailable(load().origin)
+    library = loaded()
     function: ctypes._NamedFuncPointer = getattr(library, name)
     function.restype = _I if name == "nyb_gated_delta" else None
     function.argtypes = _SIGNATURES[name]

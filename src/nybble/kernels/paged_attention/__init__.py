@@ -20,6 +20,7 @@ from torch import Tensor
 from nybble.errors import EngineError
 from nybble.kernels import dispatch
 from nybble.kernels.compute import Compute
+from nybble.kernels.tensors import check_tensor
 
 PAGE_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -45,8 +46,8 @@ def write(
     """
     _check_pages(pages)
     heads, head_dim = pages.keys.shape[1], pages.keys.shape[3]
-    _check_tensor(k, "k", (k.shape[0], heads, head_dim))
-    _check_tensor(v, "v", (k.shape[0], heads, head_dim))
+    check_tensor(k, "paged attention", "k", (k.shape[0], heads, head_dim))
+    check_tensor(v, "paged attention", "v", (k.shape[0], heads, head_dim))
     _check_batch(k.shape[0], pages, table, starts, lengths, None)
     _backend().write(k, v, pages, table, starts, lengths)
 
@@ -82,7 +83,7 @@ def attention(
             f"attention: q must be [T, a multiple of {heads} heads, {head_dim}], "
             f"found {list(q.shape)}"
         )
-    _check_tensor(q, "q", tuple(q.shape))
+    check_tensor(q, "paged attention", "q", tuple(q.shape))
     if not scale > 0:
         raise EngineError(f"attention: scale must be positive, found {scale}")
     if window < 0:
@@ -103,16 +104,6 @@ def _backend() -> ModuleType:
     return reference
 
 
-def _check_tensor(
-    x: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> None:
-    if tuple(x.shape) != shape or x.dtype != dtype or not x.is_contiguous() or not x.is_cpu:
-        raise EngineError(
-            f"paged attention: {name} must be contiguous {dtype} {list(shape)} in main memory, "
-            f"found {x.dtype} {list(x.shape)}{'' if x.is_contiguous() else ', not contiguous'}"
-        )
-
-
 def _check_pages(pages: Pages) -> None:
     keys = pages.keys
     if keys.ndim != 4 or keys.dtype not in PAGE_DTYPES or 0 in keys.shape[1:]:
@@ -120,8 +111,8 @@ def _check_pages(pages: Pages) -> None:
             "paged attention: pages must be bfloat16 or float32 [pages, kv heads, page tokens, D], "
             f"found {keys.dtype} {list(keys.shape)}"
         )
-    _check_tensor(keys, "pages.keys", tuple(keys.shape), keys.dtype)
-    _check_tensor(pages.values, "pages.values", tuple(keys.shape), keys.dtype)
+    check_tensor(keys, "paged attention", "pages.keys", tuple(keys.shape), keys.dtype)
+    check_tensor(pages.values, "paged attention", "pages.values", tuple(keys.shape), keys.dtype)
 
 
 def _check_batch(
@@ -132,10 +123,10 @@ def _check_batch(
     window: None, only the new positions need pages; 0, all; n, those that some new token sees.
     """
     count = lengths.shape[0] if lengths.ndim == 1 else -1
-    _check_tensor(lengths, "lengths", (count,), torch.int32)
-    _check_tensor(starts, "starts", (count + 1,), torch.int32)
+    check_tensor(lengths, "paged attention", "lengths", (count,), torch.int32)
+    check_tensor(starts, "paged attention", "starts", (count + 1,), torch.int32)
     width = table.shape[1] if table.ndim == 2 else -1
-    _check_tensor(table, "table", (count, width), torch.int32)
+    check_tensor(table, "paged attention", "table", (count, width), torch.int32)
     begins, before, numbers = starts.tolist(), lengths.tolist(), table.tolist()
     if begins[0] != 0 or begins[-1] != tokens or begins != sorted(begins):
         raise EngineError(

@@ -7,9 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from nybble.errors import KernelUnavailable
 from nybble.kernels import dispatch
-from nybble.kernels.build import load
+from nybble.kernels.build import loaded
 from nybble.kernels.compute import Compute
 from nybble.kernels.paged_attention import Pages
 
@@ -31,11 +30,11 @@ def write(
 ) -> None:
     """See the package."""
     described = _describe(pages, table, starts, lengths)
-    _library().nyb_paged_write(
+    loaded().nyb_paged_write(
         ctypes.byref(described),
         ctypes.c_void_p(k.data_ptr()),
         ctypes.c_void_p(v.data_ptr()),
-        ctypes.c_int(dispatch.ISAS[dispatch.choose().isa]),
+        ctypes.c_int(dispatch.isa_level()),
     )
 
 
@@ -52,14 +51,14 @@ def attention(
     """See the package."""
     out = torch.empty_like(q)
     described = _describe(pages, table, starts, lengths)
-    _library().nyb_paged_attention(
+    loaded().nyb_paged_attention(
         ctypes.byref(described),
         ctypes.c_void_p(q.data_ptr()),
         ctypes.c_void_p(out.data_ptr()),
         ctypes.c_int64(q.shape[1]),
         ctypes.c_float(scale),
         ctypes.c_int64(window),
-        ctypes.c_int(dispatch.ISAS[dispatch.choose().isa]),
+        ctypes.c_int(dispatch.isa_level()),
         ctypes.c_int(compute.threads),
     )
     return out
@@ -70,10 +69,3 @@ def _describe(pages: Pages, table: Tensor, starts: Tensor, lengths: Tensor) -> _
     pointers = (x.data_ptr() for x in (pages.keys, pages.values, table, starts, lengths))
     is_bf16 = pages.keys.dtype == torch.bfloat16
     return _Pages(*pointers, *table.shape, kv_heads, page_tokens, head_dim, is_bf16)
-
-
-def _library() -> ctypes.CDLL:
-    library = load().handle
-    if library is None:  # dispatch never gets here; a direct caller may
-        raise KernelUnavailable(load().origin)
-    return library

@@ -7,9 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from nybble.errors import KernelUnavailable
 from nybble.kernels import dispatch
-from nybble.kernels.build import load
+from nybble.kernels.build import loaded
 from nybble.kernels.compute import Compute
 from nybble.kernels.vocabulary import Divergence, LogLikelihood
 
@@ -37,13 +36,11 @@ def divergence(
 
 def _call(name: str, logits: list[Tensor], rest: list[Tensor], compute: Compute) -> None:
     """Call a function of cpu.c: logits, their sizes, arrays of rows, isa, threads."""
-    library = load().handle
-    if library is None:  # dispatch never gets here; a direct caller may
-        raise KernelUnavailable(load().origin)
+    library = loaded()
     getattr(library, name)(
         *(ctypes.c_void_p(x.data_ptr()) for x in logits),
         *(ctypes.c_int64(size) for size in logits[0].shape),
         *(ctypes.c_void_p(x.data_ptr()) for x in rest),
-        ctypes.c_int(dispatch.ISAS[dispatch.choose().isa]),
+        ctypes.c_int(dispatch.isa_level()),
         ctypes.c_int(compute.threads),
     )

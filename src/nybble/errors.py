@@ -5,6 +5,7 @@
       FormatError             1   numbers that a format cannot hold
       RecipeError             1   a recipe, or what it asks for, makes no sense here
       ModelError              1   an architecture nybble does not know, or a tensor nobody claims
+        UnreadableValue       1   a key of config.json holds what no model can have there
       KernelUnavailable       1   the kernel asked for cannot run on this machine
       MissingExtra            1   a library that this command needs is not installed
       TextError               1   a tokenizer, chat template or text that cannot be used
@@ -43,6 +44,10 @@ class RecipeError(NybbleError):
 
 class ModelError(NybbleError):
     """An unknown model type, or a tensor that no rule of its family claims."""
+
+
+class UnreadableValue(ModelError):
+    """A key of config.json is there, with a value of a type or sign that nothing can read."""
 
 
 class KernelUnavailable(NybbleError):

@@ -106,11 +106,24 @@ class CompressedTensors:
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": patterns.ignored(),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": _kv_cache(listing),
             "global_compression_ratio": None,
             "version": VERSION,
         }
         return {"config.json": dump({**config, "quantization_config": section})}
+
+
+def _kv_cache(listing: Listing) -> dict[str, object] | None:
+    """Declared only with its scales: readers compute with whatever was in memory otherwise."""
+    if not (listing.kv_cache and listing.has_kv_scales):
+        return None
+    return {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "tensor",
+        "symmetric": True,
+        "dynamic": False,
+    }
 
 
 class _Patterns:

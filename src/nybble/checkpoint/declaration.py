@@ -68,8 +68,13 @@ class Declaration:
 def as_object(value: object, where: str) -> dict[str, object]:
     """An object; anything else is refused, as `where`."""
     if not isinstance(value, Mapping):
-        raise CheckpointError(f"{where} must be an object, found {type(value).__name__}")
+        raise CheckpointError(f"{place(where)} must be an object, found {type(value).__name__}")
     return {str(key): entry for key, entry in value.items()}
+
+
+def place(where: str) -> str:
+    """A place in a file, for a message: names of groups and modules are the file's own."""
+    return where[:200] if where[:200].isprintable() else ascii(where[:200])[1:-1]
 
 
 def optional(value: object, where: str) -> dict[str, object]:
@@ -82,7 +87,7 @@ def words(value: object, where: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
-        raise CheckpointError(f"{where} must be a list of strings")
+        raise CheckpointError(f"{place(where)} must be a list of strings")
     return tuple(value)
 
 

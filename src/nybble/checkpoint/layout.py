@@ -51,7 +51,8 @@ class Listing:
     (`...mlp.experts`) where all have one scheme, and `expert_modules` then names one expert's
     projections below it ("0.gate_proj" ...). `plain` are the linear modules that stay in their own
     dtype, `others` whatever else has a matrix (embedding, MTP head, towers): no pattern may take
-    them along. `kv_cache` is "fp8" or "".
+    them along. `kv_cache` is "fp8" or ""; `has_kv_scales`: its measured
+    scales are in the file.
     """
 
     quantized: Mapping[str, Scheme]
@@ -63,6 +64,7 @@ class Listing:
     has_vision: bool
     kv_cache: str
     version: str
+    has_kv_scales: bool = False
 
 
 class Layout(Protocol):

@@ -15,7 +15,6 @@ import json
 import mmap
 import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,9 +23,9 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from nybble.checkpoint.files import open_file, read_exactly, read_small, resolve
 from nybble.checkpoint.safetensors import (
     DTYPES,
-    HEADER_LIMIT,
     TensorInfo,
     collector_paused,
     header_length,
@@ -182,7 +181,7 @@ class Checkpoint:
             for name in files:
                 relative = (at / name).relative_to(self.path)
                 if not _is_rewritten(relative):
-                    _resolve(self.path, str(relative))
+                    resolve(self.path, str(relative))
                     if not (at / name).is_file():
                         raise CheckpointError(
                             f"{self.path}: {str(relative)!r} is not a plain file and cannot be "
@@ -227,7 +226,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{file}: holds only its header, no data; this command needs the whole file"
             )
-        fd, status = _open_file(self.path, shard.name)
+        fd, status = open_file(self.path, shard.name)
         try:
             if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
                 raise CheckpointError(f"{file}: changed since it was opened; start again")
@@ -347,66 +346,6 @@ def _check_shard_name(where: str, name: str) -> None:
         )
 
 
-def _resolve(path: Path, name: str) -> str:
-    """The real path of a file of the folder, refused where a link leads out of it.
-
-    A snapshot of the Hugging Face cache, .../snapshots/<revision>, may link into .../blobs.
-    """
-    root = os.path.realpath(path)
-    real = os.path.realpath(path / name)
-    roots = [root]
-    if os.path.basename(os.path.dirname(root)) == "snapshots":
-        roots.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
-    if not any(real.startswith(r.rstrip(os.sep) + os.sep) for r in roots):
-        raise CheckpointError(
-            f"{path / name}: is a link that leaves the folder, to {real}; replace it by the file "
-            "it points to"
-        )
-    return real
-
-
-def _open_file(path: Path, name: str) -> tuple[int, os.stat_result]:
-    """A descriptor of a regular file of the folder, and its status."""
-    real = _resolve(path, name)
-    try:
-        # A named pipe would block for ever without O_NONBLOCK.
-        fd = os.open(real, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise CheckpointError(f"{path / name}: cannot be opened: {error.strerror}") from error
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        os.close(fd)
-        raise CheckpointError(f"{path / name}: is not a regular file")
-    return fd, status
-
-
-def _read_exactly(fd: int, length: int, offset: int, where: Path) -> bytes:
-    parts = []
-    try:
-        while length > 0 and (part := os.pread(fd, length, offset)):
-            parts.append(part)
-            offset += len(part)
-            length -= len(part)
-    except OSError as error:
-        raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from error
-    if length:
-        raise CheckpointError(f"{where}: became {length} bytes shorter while it was read")
-    return b"".join(parts)
-
-
-def read_small(path: Path, name: str) -> bytes:
-    """A whole file of the folder, of a size that JSON may have."""
-    fd, status = _open_file(path, name)
-    try:
-        if status.st_size > HEADER_LIMIT:
-            raise CheckpointError(
-                f"{path / name}: {status.st_size} bytes; at most {HEADER_LIMIT} are read as JSON"
-            )
-        return _read_exactly(fd, status.st_size, 0, path / name)
-    finally:
-        os.close(fd)
-
-
 def _read_config(path: Path) -> bytes:
     return read_small(path, "config.json") if os.path.lexists(path / "config.json") else b""
 
@@ -461,11 +400,11 @@ def _refuse_duplicate(
 
 def _read_shard(path: Path, name: str, headers_only: bool) -> tuple[Shard, dict[str, TensorInfo]]:
     where = path / name
-    fd, status = _open_file(path, name)
+    fd, status = open_file(path, name)
     try:
         size = status.st_size
-        length = header_length(_read_exactly(fd, min(size, 8), 0, where), size, str(where))
-        text = _read_exactly(fd, length, 8, where)
+        length = header_length(read_exactly(fd, min(size, 8), 0, where), size, str(where))
+        text = read_exactly(fd, length, 8, where)
     finally:
         os.close(fd)
     metadata, tensors, total = parse_header(text, name, str(where))

@@ -144,6 +144,17 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def refuse_inside(source: Path, out: Path) -> None:
+    """Raise CheckpointError for an output in its source's folder: side files are copied, those of
+    subfolders too, so it would copy itself."""
+    if source.resolve() == out.resolve():
+        raise CheckpointError(f"{out}: is the source folder itself; name another one")
+    if source.resolve() in out.resolve().parents:
+        raise CheckpointError(
+            f"{out}: lies inside the source folder {source}; name a folder outside of it"
+        )
+
+
 class _OpenShard:
     """A shard at work: how many bytes are still to come, and its descriptor while it is open."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, UnreadableValue
 from nybble.families import llama, qwen2, qwen3, qwen3_5, qwen3_5_moe, qwen3_moe
 from nybble.families.dimensions import Dimensions, text_section
 from nybble.families.family import ROLES, Claim, Claimed, Family
@@ -70,7 +70,8 @@ def find_family(config: Mapping[str, object]) -> Family:
 
 def _find(model_type: object) -> Family:
     if not isinstance(model_type, str):
-        raise ModelError(
+        kind = ModelError if model_type is None else UnreadableValue
+        raise kind(
             f"config.json: model_type must be a string, found {model_type!r}. {_what_can_be_done()}"
         )
     if reason := _REFUSED.get(model_type.removesuffix("_text")):

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, UnreadableValue
 from nybble.formats.block import Shape
 
 # What a family reads of its config.json beyond the keys that all have.
@@ -34,6 +34,11 @@ SPARSE_STEP = "sparse_step"  # some layers may be dense although the model has e
 VISION = "vision"
 MTP = "mtp"
 GENERIC = "generic"  # nothing at all: the sizes are unknown
+
+# What a configuration may make nybble look for, name by name: layers, and experts of all layers
+# together. Twice as many as any model that is known, at the least.
+LAYER_LIMIT = 1024
+EXPERT_LIMIT = 1 << 17
 
 FULL, LINEAR, SLIDING = "full_attention", "linear_attention", "sliding_attention"
 
@@ -166,8 +171,10 @@ class _Section:
     def complain(self, key: str, expected: str) -> ModelError:
         if key not in self.values:
             return ModelError(f"config.json: {self.path}{key} is missing, expected {expected}")
-        return ModelError(
-            f"config.json: {self.path}{key} must be {expected}, found {self.values[key]!r}"
+        # null is how writers say that a key is absent.
+        kind = ModelError if self.values[key] is None else UnreadableValue
+        return kind(
+            f"config.json: {self.path}{key} must be {expected}, found {_short(self.values[key])}"
         )
 
     def has(self, key: str) -> bool:
@@ -177,6 +184,13 @@ class _Section:
         value = self.values.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self.complain(key, f"an integer of {least} or more")
+        return value
+
+    def layers(self, key: str, least: int = 1) -> int:
+        """A number of layers, each of which is a dozen names to look for."""
+        value = self.number(key, least)
+        if value > LAYER_LIMIT:
+            raise self.complain(key, f"at most {LAYER_LIMIT:,}")
         return value
 
     def flag(self, key: str, absent: bool) -> bool:
@@ -194,7 +208,7 @@ class _Section:
         for i, word in enumerate(value):
             if word not in allowed:
                 raise ModelError(
-                    f"config.json: {self.path}{key}[{i}] is {word!r}, "
+                    f"config.json: {self.path}{key}[{i}] is {_short(word)}, "
                     f"expected one of {', '.join(allowed)}"
                 )
         if len(value) != length:
@@ -213,13 +227,21 @@ class _Section:
         return tuple(value)
 
 
+def _short(value: object) -> str:
+    """Untrusted JSON for a message."""
+    if isinstance(value, (list, dict)) and len(value) > 20:
+        return f"{type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 160 else text[:150] + "..."
+
+
 def text_section(config: Mapping[str, object]) -> Mapping[str, object]:
     """What config.json says of the language model: `text_config`, or all of a flat file."""
     text = config.get("text_config")
     if text is None:
         return config
     if not isinstance(text, Mapping):
-        raise ModelError(f"config.json: text_config must be an object, found {text!r}")
+        raise UnreadableValue(f"config.json: text_config must be an object, found {_short(text)}")
     return text
 
 
@@ -234,7 +256,7 @@ def read_dimensions(config: Mapping[str, object], reads: frozenset[str]) -> Dime
         text_section(config), "" if config.get("text_config") is None else "text_config."
     )
     top = _Section(config, "")
-    layers, hidden = text.number("num_hidden_layers"), text.number("hidden_size")
+    layers, hidden = text.layers("num_hidden_layers"), text.number("hidden_size")
     has_experts = _expert_layers(text, layers, reads)
     is_hybrid, is_moe = HYBRID in reads, EXPERTS in reads
     heads, kv_heads, head_dim = _heads(text, hidden, reads)
@@ -256,7 +278,7 @@ def read_dimensions(config: Mapping[str, object], reads: frozenset[str]) -> Dime
         attention_bias=text.flag("attention_bias", False),
         mlp_bias=text.flag("mlp_bias", False),
         intermediate=wanted(not all(has_experts), "intermediate_size"),
-        experts=wanted(is_moe, "num_experts"),
+        experts=_experts(text, layers) if is_moe else 0,
         experts_per_token=wanted(is_moe, "num_experts_per_tok"),
         expert_width=wanted(is_moe, "moe_intermediate_size"),
         shared_width=wanted(SHARED_EXPERT in reads, "shared_expert_intermediate_size"),
@@ -308,10 +330,17 @@ def _expert_layers(text: _Section, layers: int, reads: frozenset[str]) -> tuple[
     return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
 
 
+def _experts(text: _Section, layers: int) -> int:
+    experts = text.number("num_experts")
+    if experts * layers > EXPERT_LIMIT:
+        raise text.complain("num_experts", f"at most {EXPERT_LIMIT:,} in {layers} layers together")
+    return experts
+
+
 def _mtp_layers(text: _Section, reads: frozenset[str]) -> int:
     if MTP not in reads or not text.has("mtp_num_hidden_layers"):
         return 0
-    return text.number("mtp_num_hidden_layers", least=0)
+    return text.layers("mtp_num_hidden_layers", least=0)
 
 
 def _vision_layers(config: Mapping[str, object]) -> int:
@@ -319,5 +348,7 @@ def _vision_layers(config: Mapping[str, object]) -> int:
     if vision is None:
         return 0
     if not isinstance(vision, Mapping):
-        raise ModelError(f"config.json: vision_config must be an object, found {vision!r}")
-    return _Section(vision, "vision_config.").number("depth")
+        raise UnreadableValue(
+            f"config.json: vision_config must be an object, found {_short(vision)}"
+        )
+    return _Section(vision, "vision_config.").layers("depth")

@@ -20,6 +20,7 @@ from nybble.families import Claimed, Dimensions, Family, find_family, generic_fa
 from nybble.formats.block import Shape
 from nybble.formats.scheme import BF16, Scheme
 from nybble.plan.jobs import Copy, Job, Member
+from nybble.plan.listing import make_listing
 from nybble.plan.recipe import Recipe
 from nybble.plan.refusals import (
     check_quantizable,
@@ -396,43 +397,7 @@ def _add(
 
 
 def _listing(plan: Plan, version: str) -> Listing:
-    quantized: dict[str, Scheme] = {}
-    experts: dict[str, list[str]] = {}
-    for job in plan.jobs:
-        for m in job.members:
-            container, found, below = m.module.rpartition(".experts.")
-            if job.role == "routed_expert" and found:
-                experts.setdefault(f"{container}.experts", []).append(below)
-                quantized[f"{container}.experts"] = job.scheme
-            else:
-                quantized[m.module] = job.scheme
-    plain, plain_experts, others = [], [], []
-    for copy in plan.copies:
-        claimed = plan.family.claim(copy.tensor.name)
-        assert claimed is not None
-        if not _is_linear_module(claimed):
-            if copy.tensor.name.endswith(".weight") and len(copy.tensor.shape) == 2:
-                others.append(claimed.module)
-        elif claimed.claim.role == "routed_expert":
-            name = claimed.module.partition(".experts")[0] + ".experts"
-            if name not in plain_experts:
-                plain_experts.append(name)
-                experts[name] = ["0.gate_proj", "0.up_proj", "0.down_proj"]
-        else:
-            plain.append(claimed.module)
-    return Listing(
-        quantized,
-        experts,
-        plain,
-        plain_experts,
-        others,
-        has_mtp=any(c.role == "mtp" for c in plan.copies),
-        has_vision=any(c.role == "vision" for c in plan.copies),
-        kv_cache=plan.recipe.kv_cache,
-        version=version,
+    modules = ((m.module, job.role, job.scheme) for job in plan.jobs for m in job.members)
+    return make_listing(
+        modules, plan.copies, plan.family, kv_cache=plan.recipe.kv_cache, version=version
     )
-
-
-def _is_linear_module(claimed: Claimed) -> bool:
-    """A module that engines build as a linear layer, so that a config must say it stays plain."""
-    return claimed.claim.is_linear or claimed.claim.role in ("router", "shared_expert_gate")

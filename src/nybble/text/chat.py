@@ -53,7 +53,13 @@ class ChatTemplate:
         found = _find(folder, path, config)
         if found is None:
             return None
-        origin, source = found
+        return cls.compile(*found, path, config)
+
+    @classmethod
+    def compile(
+        cls, origin: str, source: str, path: Path, config: Mapping[str, object]
+    ) -> ChatTemplate:
+        """A template by its source; `config` is the content of tokenizer_config.json, `path`."""
         named = {f"{name}_token": token_text(path, config, f"{name}_token") for name in _TOKENS}
         tokens = {name: token for name, token in named.items() if token is not None}
         return cls(origin, source, tokens, _compile(origin, source))
@@ -64,6 +70,7 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = True,
+        time_limit_s: float | None = None,
         **variables: object,
     ) -> str:
         """The prompt for these messages, ending where the model's answer begins.
@@ -85,7 +92,7 @@ class ChatTemplate:
                 else [_plain(f"tools[{i}]", tool) for i, tool in enumerate(tools)],
                 "add_generation_prompt": add_generation_prompt,
             }
-            return sandbox.render(self._compiled, given)
+            return sandbox.render(self._compiled, given, time_limit_s)
         except TextError:
             raise
         except sandbox.Refused as error:
@@ -104,6 +111,12 @@ def _find(folder: Path, path: Path, config: dict[str, object]) -> tuple[str, str
             return str(own), data.decode()
         except UnicodeDecodeError as error:
             raise TextError(f"{own}: is not UTF-8 at byte {error.start}; fetch it again") from error
+    configured = configured_template(path, config)
+    return None if configured is None else (f"{path}: chat_template", configured)
+
+
+def configured_template(path: Path, config: Mapping[str, object]) -> str | None:
+    """The chat template that tokenizer_config.json, `path`, holds, or None. Raises TextError."""
     value = config.get("chat_template")
     if isinstance(value, list):
         value = _default(path, value)
@@ -116,7 +129,7 @@ def _find(folder: Path, path: Path, config: dict[str, object]) -> tuple[str, str
             f"{path}: chat_template: expected at most {MAX_TEMPLATE_BYTES:,} characters, found "
             f"{len(value):,}"
         )
-    return f"{path}: chat_template", value
+    return value
 
 
 def _default(path: Path, entries: list[object]) -> object:

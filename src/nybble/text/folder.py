@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from nybble.errors import TextError
@@ -51,7 +52,7 @@ def read_object(path: Path) -> dict[str, object]:
     return value
 
 
-def token_text(path: Path, config: dict[str, object], key: str) -> str | None:
+def token_text(path: Path, config: Mapping[str, object], key: str) -> str | None:
     """The text of a named token, which tokenizer_config.json gives as a string or as an object
     with `content`; None if it is absent or null. Raises TextError."""
     value = config.get(key)

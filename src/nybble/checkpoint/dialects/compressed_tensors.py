@@ -18,8 +18,11 @@ from nybble.checkpoint.declaration import (
     kv_cache_word,
     number,
     optional,
+    place,
     words,
 )
+from nybble.checkpoint.patterns import compile_pattern
+from nybble.checkpoint.safetensors import show
 from nybble.errors import CheckpointError
 from nybble.formats.scheme import SCHEMES
 
@@ -35,10 +38,10 @@ class _Targets:
                 self.names.add(entry)
                 continue
             try:
-                self.patterns.append(re.compile(entry[3:]).match)
+                self.patterns.append(compile_pattern(entry[3:]).match)
             except re.error as error:
-                fault = f"{entry!r} is no regular expression: {error}"
-                raise CheckpointError(f"{where}: {fault}") from error
+                fault = f"{show(entry)} is no usable regular expression: {place(str(error))}"
+                raise CheckpointError(f"{place(where)}: {fault}") from error
         self.has_linear = "Linear" in self.names
 
     def names_module(self, module: str) -> bool:

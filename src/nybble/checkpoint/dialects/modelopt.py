@@ -27,7 +27,7 @@ from nybble.checkpoint.dialects.others import fp8_rule
 from nybble.checkpoint.modelopt import CONFIG_FILE
 
 #: quant_algo -> scheme, weight, group size, activation.
-_ALGORITHMS: dict[str, tuple[str, str, int, str]] = {
+SPELLINGS: dict[str, tuple[str, str, int, str]] = {
     "NVFP4": ("nvfp4-w4a4", "nvfp4", 16, "FP4"),
     "W4A16_NVFP4": ("nvfp4-w4a16", "nvfp4", 16, "BF16"),
     "NVFP4_AWQ": ("", "nvfp4", 16, "FP4"),  # has a pre_quant_scale
@@ -42,11 +42,11 @@ _ALGORITHMS: dict[str, tuple[str, str, int, str]] = {
     "W4A16_AWQ": ("", "int4", 128, "BF16"),
     "W4A8_AWQ": ("", "int4", 128, "FP8 static"),
 }
-_MIXED = "MIXED_PRECISION"
+MIXED = "MIXED_PRECISION"
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class Group:
     """One of the `config_groups`: bits of the weights and of the inputs (0: not quantized)."""
 
     name: str
@@ -63,14 +63,18 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
-class _Statement:
-    """What one of the two files says. `layers`: module -> (quant_algo, group size)."""
+class Statement:
+    """What one of the two files says. `layers`: module -> (quant_algo, group size).
+
+    `keys` are those that stand in it, whatever they hold.
+    """
 
     file: str
+    keys: frozenset[str]
     algorithm: str
     group_size: int
     layers: dict[str, tuple[str, int]]
-    groups: tuple[_Group, ...]
+    groups: tuple[Group, ...]
     excluded: tuple[str, ...]
     kv_cache: str
     producer: str
@@ -78,15 +82,14 @@ class _Statement:
 
 def read_modelopt(section: Object, method: str, nested: Object | None) -> Declaration:
     """What either file says, {} or None where it does not speak, and every disagreement."""
-    flat = _statement(FLAT, section) if section else None
-    other = _statement(CONFIG_FILE, nested) if nested is not None else None
+    flat, other = read_statements(section, nested)
     said = [s for s in (flat, other) if s is not None]
     algorithm = next((s.algorithm for s in said if s.algorithm), "")
     excludes = next((s for s in said if s.excluded), said[0])
     disagreements = _between(flat, other) if flat and other else []
     disagreements += [line for s in said for line in _against_groups(s)]
     excluded = Excluded(excludes.excluded)
-    if algorithm == _MIXED:
+    if algorithm == MIXED:
         layers = next((s.layers for s in said if s.layers), None) or _layers_of_groups(said[0])
         disagreements += _listed_and_excluded(layers, excludes, excluded)
         # DeepSeek: what is not listed is in the block FP8 of the original, `ignore` or not.
@@ -98,18 +101,27 @@ def read_modelopt(section: Object, method: str, nested: Object | None) -> Declar
     return Declaration("modelopt", last.producer, last.kv_cache, tuple(disagreements), rule)
 
 
-def _layers_of_groups(said: _Statement) -> dict[str, tuple[str, int]]:
+def read_statements(
+    section: Object, nested: Object | None
+) -> tuple[Statement | None, Statement | None]:
+    """What each of the two files says, None for one that does not speak. Raises CheckpointError."""
+    flat = _statement(FLAT, section) if section else None
+    return flat, _statement(CONFIG_FILE, nested) if nested is not None else None
+
+
+def _layers_of_groups(said: Statement) -> dict[str, tuple[str, int]]:
     return {t: (group.algorithm, group.group_size) for group in said.groups for t in group.targets}
 
 
-def _statement(file: str, said: Object) -> _Statement:
+def _statement(file: str, said: Object) -> Statement:
     layers: dict[str, tuple[str, int]] = {}
     for name, entry in optional(said.get("quantized_layers"), f"{file}: quantized_layers").items():
         listed = as_object(entry, f"{file}: quantized_layers: {name!r}")
         layers[name] = (str(listed.get("quant_algo") or ""), number(listed.get("group_size")))
     groups = _groups(file, said)
-    return _Statement(
+    return Statement(
         file,
+        frozenset(said),
         str(said.get("quant_algo") or ""),
         number(said.get("group_size")) or max((g.group_size for g in groups), default=0),
         layers,
@@ -121,7 +133,7 @@ def _statement(file: str, said: Object) -> _Statement:
     )
 
 
-def _groups(file: str, said: Object) -> tuple[_Group, ...]:
+def _groups(file: str, said: Object) -> tuple[Group, ...]:
     out = []
     for name, entry in optional(said.get("config_groups"), f"{file}: config_groups").items():
         where = f"{file}: config_groups.{name}"
@@ -130,7 +142,7 @@ def _groups(file: str, said: Object) -> tuple[_Group, ...]:
         inputs = optional(group.get("input_activations"), f"{where}.input_activations")
         targets = words(group.get("targets"), f"{where}.targets")
         bits = (number(weights.get("num_bits")), number(inputs.get("num_bits")))
-        out.append(_Group(name, targets, *bits, number(weights.get("group_size"))))
+        out.append(Group(name, targets, *bits, number(weights.get("group_size"))))
     return tuple(out)
 
 
@@ -143,7 +155,7 @@ def _producer(value: object) -> str:
 def _algorithm(spelling: str, group_size: int) -> Declared | None:
     if not spelling or spelling.upper() == "NONE":
         return None
-    scheme, weight, usual, activation = _ALGORITHMS.get(spelling.upper(), ("", "", 0, ""))
+    scheme, weight, usual, activation = SPELLINGS.get(spelling.upper(), ("", "", 0, ""))
     return Declared(spelling, scheme, weight, group_size or usual, activation)
 
 
@@ -173,7 +185,7 @@ def _per_class(declared: Declared | None, excluded: Excluded) -> Rule:
 # --------------------------------------------------------------------------- where they disagree
 
 
-def _between(flat: _Statement, nested: _Statement) -> list[str]:
+def _between(flat: Statement, nested: Statement) -> list[str]:
     """A sentence for everything that the two files say differently."""
     found = []
     for what, here, there, counts in (
@@ -208,7 +220,7 @@ def _spell(entry: tuple[str, int] | None) -> str:
     return f"{entry[0]} group {entry[1]}" if entry[1] else entry[0]
 
 
-def _against_groups(said: _Statement) -> list[str]:
+def _against_groups(said: Statement) -> list[str]:
     """Where `config_groups` say something else than the layer map, or than a uniform algorithm."""
     found = []
     counts = "quantized_layers" if said.layers else "quant_algo"
@@ -227,8 +239,8 @@ def _against_groups(said: _Statement) -> list[str]:
     return found
 
 
-def _group_fault(group: _Group, spelling: str) -> str:
-    known = _ALGORITHMS.get(spelling.upper())
+def _group_fault(group: Group, spelling: str) -> str:
+    known = SPELLINGS.get(spelling.upper())
     if known is None:
         return ""
     _, weight, _, activation = known
@@ -242,11 +254,11 @@ def _group_fault(group: _Group, spelling: str) -> str:
     return ""
 
 
-def _count(group: _Group) -> str:
+def _count(group: Group) -> str:
     return f"its {len(group.targets)} targets" if "Linear" not in group.targets else "all targets"
 
 
-def _listed_and_excluded(layers: Iterable[str], said: _Statement, excluded: Excluded) -> list[str]:
+def _listed_and_excluded(layers: Iterable[str], said: Statement, excluded: Excluded) -> list[str]:
     both = [name for name in layers if excluded.covers(name)]
     if not both:
         return []

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from fnmatch import translate
 from functools import cached_property
 from math import prod
+from typing import Protocol
 
 from nybble.checkpoint.declaration import Declaration, Declared
-from nybble.checkpoint.reader import Checkpoint
 from nybble.checkpoint.safetensors import WIDTHS, TensorInfo, collector_paused
 from nybble.errors import ModelError
 from nybble.families import Family, find_family
@@ -38,7 +38,14 @@ SIDE = frozenset(
         *("weight_zero_point", "weight_shape", "weight_g_idx", "qzeros", "g_idx"),
     )
 )
+#: What scales may be stored in: numbers, and the bytes of E4M3 or E8M0 for blocks.
+_SCALE_NUMBERS = ("F32", "BF16", "F16", "F64")
+_SCALE_BYTES = ("F8_E4M3", "F8_E8M0", "U8")
+#: Formats, or their beginnings, of two weights in a byte; of these, E2M1 with a byte per block.
+_FOUR_BIT = ("nvfp4", "mxfp4", "int4", "u8")
+_FP4 = ("nvfp4", "mxfp4")
 _NO_LINEAR = ("norm", "embedding", "router", "linear_attention_state", "rotary", "bias", "other")
+_OF_MANY_KINDS = ("mtp", "vision")  # roles that say nothing of whether a module is a linear
 _names_no_linear = re.compile(r"norm|embed|conv|rotary|router|^(wte|wpe|ln.*|gate)$").search
 
 _Leaf = tuple[str, str, Shape]
@@ -105,6 +112,36 @@ def is_divisor(scale: TensorInfo) -> bool:
     return scale.name.endswith("_global_scale")
 
 
+def is_four_bit(module: Module) -> bool:
+    """Whether the module's weights are packed into four bits, in whatever format."""
+    return module.kind.is_quantized and module.kind.held.startswith(_FOUR_BIT)
+
+
+def is_fp4(module: Module) -> bool:
+    """Whether the weights are NVFP4 or MXFP4: E2M1 codes and a byte of scale per block."""
+    return module.kind.held.startswith(_FP4)
+
+
+def foreign_scale(leaves: Mapping[str, TensorInfo]) -> str:
+    """A sentence for the first scale of a module whose dtype no scale is stored in; "" for none.
+
+    `leaves` are its tensors by the last part of their names.
+    """
+    return _foreign_scale({leaf: info.dtype for leaf, info in leaves.items()})
+
+
+def _foreign_scale(dtypes: Mapping[str, str]) -> str:
+    for leaf, dtype in dtypes.items():
+        if leaf in ("weight_scale", "weight_scale_inv"):
+            if dtype not in (*_SCALE_NUMBERS, *_SCALE_BYTES):
+                return (
+                    f"{leaf} is {dtype}, expected F8_E4M3, F8_E8M0 or a float of two bytes or more"
+                )
+        elif leaf in (*TENSOR_SCALES, *INPUT_SCALES) and dtype not in _SCALE_NUMBERS:
+            return f"{leaf} is {dtype}, expected F32"
+    return ""
+
+
 def declared_json(declared: Declared | None) -> dict[str, object] | None:
     """What is declared of a module, for JSON documents."""
     if declared is None:
@@ -135,19 +172,55 @@ class Contents:
     def by_name(self) -> Mapping[str, Module]:
         return {m.name: m for m in self.modules}
 
+    @cached_property
+    def alike(self) -> tuple[tuple[Module, ...], ...]:
+        """Modules of the same role, tensors and declaration: of each group look at the first.
+
+        A 35B has 31,600 modules and some twenty groups.
+        """
+        groups: dict[tuple[int, str], list[Module]] = {}
+        for module in self.modules:
+            groups.setdefault((id(module.kind), module.role), []).append(module)
+        return tuple(map(tuple, groups.values()))
+
+    @cached_property
+    def containers(self) -> frozenset[str]:
+        """Every module path, and every path above one."""
+        found: set[str] = set()
+        for module in self.modules:
+            name = module.name
+            while name and name not in found:
+                found.add(name)
+                name = name.rpartition(".")[0]
+        return frozenset(found)
+
     def matching(self, glob: str) -> Iterator[Module]:
         """The modules whose path matches."""
         matches = re.compile(translate(glob)).match
         return (m for m in self.modules if matches(m.name))
 
 
-def read_contents(checkpoint: Checkpoint, declaration: Declaration) -> Contents:
+class HasTensors(Protocol):
+    """What modules are made of: an open checkpoint, or a survey of a broken one."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name."""
+        ...
+
+    @property
+    def config(self) -> Mapping[str, object]:
+        """config.json."""
+        ...
+
+
+def read_contents(checkpoint: HasTensors, declaration: Declaration) -> Contents:
     """Group the tensors of a checkpoint into modules and hold them against the declaration."""
     with collector_paused():
         return _read(checkpoint, declaration)
 
 
-def _read(checkpoint: Checkpoint, declaration: Declaration) -> Contents:
+def _read(checkpoint: HasTensors, declaration: Declaration) -> Contents:
     grouped: dict[str, list[TensorInfo]] = {}
     kv_scales = []
     for name, tensor in checkpoint.tensors.items():
@@ -160,11 +233,16 @@ def _read(checkpoint: Checkpoint, declaration: Declaration) -> Contents:
             grouped[module] = [tensor]
     family, why = _family(checkpoint)
     kinds: dict[tuple[_Signature, Declared | None], Kind] = {}
+    roles: dict[tuple[str, str], str] = {}
     modules = []
     for name, tensors in grouped.items():
         at = len(name) + 1 if name else 0
         signature = tuple((t.name[at:], t.dtype, t.shape) for t in tensors)
-        role = _role(family, name, tensors[0].name)
+        container, found, below = name.partition(".experts.")
+        alike = (container, below.partition(".")[2]) if found else (name, "")
+        role = roles.get(alike)  # the experts of a layer have one role
+        if role is None:
+            role = roles[alike] = _role(family, name, tensors[0].name)
         declared = declaration.of(name)
         if declared is not None and not _can_be_meant(declared, name, role, signature):
             declared = None
@@ -176,7 +254,7 @@ def _read(checkpoint: Checkpoint, declaration: Declaration) -> Contents:
     return Contents(tuple(modules), tuple(kv_scales), model_type, why)
 
 
-def _family(checkpoint: Checkpoint) -> tuple[Family | None, str]:
+def _family(checkpoint: HasTensors) -> tuple[Family | None, str]:
     try:
         return find_family(checkpoint.config), ""
     except ModelError as error:
@@ -203,7 +281,8 @@ def _can_be_meant(declared: Declared, module: str, role: str, signature: _Signat
     if not declared.by_class:
         return True
     weight = next((shape for leaf, _, shape in signature if leaf in CODES), ())
-    no_linear = role in _NO_LINEAR if role else _names_no_linear(module.rpartition(".")[2])
+    by_role = role and role not in _OF_MANY_KINDS
+    no_linear = role in _NO_LINEAR if by_role else _names_no_linear(module.rpartition(".")[2])
     return len(weight) == 2 and not no_linear
 
 
@@ -219,6 +298,9 @@ def _classify(leaves: _Leaves, declared: Declared | None) -> Kind:
     if is_quantized and declared and declared.needs_input_scale and not has_input_scale:
         name = INPUT_SCALES[held == "nvfp4" and "weight_packed" in leaves]
         fault = "; ".join(filter(None, (fault, f"lacks {name}")))
+    if is_quantized:
+        foreign = _foreign_scale({leaf: dtype for leaf, (dtype, _) in leaves.items()})
+        fault = "; ".join(filter(None, (foreign, fault)))
     codes = next((leaf for leaf in CODES if leaf in leaves), "")
     sizes = {leaf: prod(shape) for leaf, (_, shape) in leaves.items()}
     stored = sum(size for leaf, size in sizes.items() if leaf not in SIDE)
@@ -282,7 +364,10 @@ def _four_bit(leaves: _Leaves, codes: str, shape: Shape) -> tuple[str, str]:
         fault = f"weight_scale {list(scales)} does not fit {codes} {list(shape)}"
         return ("nvfp4" if dtype == "F8_E4M3" else "mxfp4"), fault
     block = 2 * shape[-1] // scales[-1]
-    if dtype != "F8_E4M3":
+    # A foreign dtype says nothing: then it is what its tensor scale and its block say.
+    is_foreign = bool(_foreign_scale({"weight_scale": dtype}))
+    is_nvfp4 = dtype == "F8_E4M3" or (is_foreign and (tensor_scale in leaves or block == 16))
+    if not is_nvfp4:
         return _with_block("mxfp4", block, 32), ""
     return (
         _with_block("nvfp4", block, 16),

@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # for type checkers and editors; the table below is what runs
+    from nybble.api.check import Checked as Checked
+    from nybble.api.check import check as check_checkpoint  # noqa: F401
+    from nybble.api.convert import Converted as Converted
+    from nybble.api.convert import convert as convert_checkpoint  # noqa: F401
+    from nybble.api.convert import from_gguf as convert_from_gguf  # noqa: F401
+    from nybble.api.convert import to_gguf as convert_to_gguf  # noqa: F401
     from nybble.api.diff import Difference as Difference
     from nybble.api.diff import diff as diff_checkpoints  # noqa: F401
     from nybble.api.doctor import Environment as Environment
@@ -23,6 +29,9 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below is what runs
     from nybble.api.plan import plan as plan_checkpoint  # noqa: F401
     from nybble.api.quantize import Result as Result
     from nybble.api.quantize import quantize as quantize_checkpoint  # noqa: F401
+    from nybble.api.repair import Repaired as Repaired
+    from nybble.api.repair import repair as repair_checkpoint  # noqa: F401
+    from nybble.api.repair import undo as undo_repair  # noqa: F401
     from nybble.errors import CheckFailed as CheckFailed
     from nybble.errors import CheckpointError as CheckpointError
     from nybble.errors import ContextTooLong as ContextTooLong
@@ -44,6 +53,15 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below is what runs
 _WHERE = {
     "plan_checkpoint": ("nybble.api.plan", "plan"),
     "quantize_checkpoint": ("nybble.api.quantize", "quantize"),
+    "check_checkpoint": ("nybble.api.check", "check"),
+    "repair_checkpoint": ("nybble.api.repair", "repair"),
+    "undo_repair": ("nybble.api.repair", "undo"),
+    "convert_checkpoint": ("nybble.api.convert", "convert"),
+    "convert_to_gguf": ("nybble.api.convert", "to_gguf"),
+    "convert_from_gguf": ("nybble.api.convert", "from_gguf"),
+    "Checked": ("nybble.api.check", "Checked"),
+    "Repaired": ("nybble.api.repair", "Repaired"),
+    "Converted": ("nybble.api.convert", "Converted"),
     "inspect_checkpoint": ("nybble.api.inspect", "inspect"),
     "diff_checkpoints": ("nybble.api.diff", "diff"),
     "measure_perplexity": ("nybble.api.evaluate", "perplexity"),

@@ -13,12 +13,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import nybble
+from nybble.check.known_bad import KnownBad, known_bad
 from nybble.errors import KernelUnavailable
 from nybble.kernels.build import build, cache_folder, compilers
 from nybble.kernels.dispatch import choose, default_threads, machine_isas
@@ -26,7 +28,9 @@ from nybble.machine import cgroup_limits, read_lines
 
 #: What nybble imports, and what it never does.
 REQUIRED = ("numpy", "ml_dtypes", "safetensors", "typer", "rich")
-OPTIONAL = ("gguf", "torch", "transformers", "vllm")
+OPTIONAL = ("gguf", "huggingface_hub", "torch", "transformers", "vllm", "sglang", "tensorrt_llm")
+#: Engines of the table of known failures, by the package they come in.
+_ENGINES = {"vllm": "vllm", "sglang": "sglang", "tensorrt_llm": "trtllm"}
 #: Below these a run of any size is at risk: its buffers need about 0.3 GB.
 LOW_MEMORY_BYTES = LOW_DISK_BYTES = 1 << 30
 
@@ -58,10 +62,22 @@ class Environment:
     packages: dict[str, str | None]  # version; None: not installed
     settings: dict[str, str]  # NYBBLE_* of the environment
     advice: tuple[str, ...]  # what is missing, what it costs, what to do
+    known_bad: tuple[KnownBad, ...] = ()  # of the engines that are installed, in their versions
 
     def as_json(self) -> dict[str, object]:
         """The JSON document `nybble.doctor/1`."""
-        return {"schema": "nybble.doctor/1", **asdict(self)}
+        rows = [
+            {
+                "engine": row.engine,
+                "id": row.id,
+                "symptom": row.symptom,
+                "workaround": row.workaround,
+                "threads": list(row.threads),
+            }
+            for row in self.known_bad
+        ]
+        facts = asdict(replace(self, known_bad=()))
+        return {"schema": "nybble.doctor/1", **facts, "known_bad": rows}
 
 
 def doctor() -> Environment:
@@ -95,7 +111,17 @@ def doctor() -> Environment:
         settings={k: v for k, v in sorted(os.environ.items()) if k.startswith("NYBBLE_")},
         advice=(),
     )
-    return replace(facts, advice=advise(facts))
+    return replace(facts, advice=advise(facts), known_bad=_known_bad(facts.packages))
+
+
+def _known_bad(packages: Mapping[str, str | None]) -> tuple[KnownBad, ...]:
+    """What others met with the engines that are installed, whatever the checkpoint."""
+    return tuple(
+        row
+        for package, engine in _ENGINES.items()
+        if (found := packages[package]) is not None
+        for row in known_bad(engine, found)
+    )
 
 
 def advise(facts: Environment) -> tuple[str, ...]:

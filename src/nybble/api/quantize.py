@@ -14,14 +14,18 @@ from typing import Literal
 import numpy as np
 
 import nybble
+from nybble.api.check import finding_json
 from nybble.api.extras import needs_torch
 from nybble.api.plan import find_layout, totals
 from nybble.calibrate.scales import HEADROOM, InputAmax, check_headroom, input_scales
 from nybble.check.audit import Audit, audit
+from nybble.check.rule import Finding, Severity
+from nybble.check.run import run_rules, select_rules
+from nybble.check.survey import Survey, Target
 from nybble.checkpoint.disk import Disk
 from nybble.checkpoint.reader import Checkpoint
-from nybble.checkpoint.writer import JOURNAL, SHARD_BYTES, partial_folder
-from nybble.errors import CheckpointError, RecipeError, TextError
+from nybble.checkpoint.writer import JOURNAL, SHARD_BYTES, partial_folder, refuse_inside
+from nybble.errors import CheckFailed, RecipeError, TextError
 from nybble.formats.search import Search
 from nybble.kernels.dispatch import choose, default_threads
 from nybble.plan.plan import Plan, make_plan
@@ -33,6 +37,12 @@ from nybble.quantize.run import Options, execute, refuse_start
 #: Tokens of the measurement: ModelOpt found the choice and amount of text to matter little, and
 #: 8,192 show each of 256 experts some 256 tokens (8 are active at a time).
 CALIBRATION_TOKENS = 8192
+
+#: The engines that a layout is written for: what one of them would refuse is said.
+MADE_FOR = {
+    "modelopt": ("vllm", "sglang", "llamacpp"),
+    "compressed-tensors": ("vllm", "sglang"),
+}
 
 Measure = Callable[[Plan, Progress], InputAmax]
 Stage = Literal["dry run", "fresh", "interrupted", "written"]
@@ -58,6 +68,7 @@ class Result:
     threads: int
     input_scales: InputScales | None = None
     measure_seconds: float = 0.0  # before `seconds` begin; 0 where a resumed run had its scales
+    findings: tuple[Finding, ...] = ()  # what the rules of `nybble check` say of the result
 
     def as_json(self) -> dict[str, object]:
         """The JSON document `nybble.quantize/1`."""
@@ -79,6 +90,7 @@ class Result:
             "audit_cpu_seconds": self.audit_cpu_seconds,
             "kernels": self.kernels,
             "threads": self.threads,
+            "findings": [finding_json(f) for f in self.findings],
             "audit": checked
             and {
                 "tensors": checked.tensors,
@@ -151,8 +163,8 @@ def quantize(
     nothing is measured or written. `on_plan` is called before the work begins. The result is
     audited before this returns. Raises, before anything is written, MissingExtra where measuring
     needs a library that is not installed, and RecipeError for a recipe without the data-free form
-    asked for, or calibration options where nothing is measured; CheckFailed if the audit finds
-    anything; and what planning, measuring and writing raise.
+    asked for, or calibration options where nothing is measured; CheckFailed if the audit or
+    the rules of `nybble check` find an error; and what planning, measuring and writing raise.
     """
     progress = progress or Progress()
     threads = jobs or default_threads()
@@ -161,7 +173,7 @@ def quantize(
         chosen = chosen.without_data()
     asked = _calibration(calibration_text, calibration_tokens, headroom, measure, threads)
     target = Path(out)
-    _refuse_inside(Path(model), target)
+    refuse_inside(Path(model), target)
     stage = _stage(target, dry_run=dry_run, resume=resume)
     options = Options(search, shard_size, threads, resume)
     with Checkpoint.open(Path(model), headers_only=dry_run) as checkpoint:
@@ -197,9 +209,11 @@ def quantize(
             )
         clocks.append(_clocks())
         checked = None
+        findings: tuple[Finding, ...] = ()
         if stage != "dry run":
             values = scales.values if scales else None
             checked = audit(made, target, threads=threads, progress=progress, input_scales=values)
+            findings = _self_check(target, Path(model), made.layout.name)
         clocks.append(_clocks())
     wall, cpu = (np.diff([clock[i] for clock in clocks]).tolist() for i in (0, 1))
     return Result(
@@ -215,7 +229,39 @@ def quantize(
         threads=threads,
         input_scales=scales,
         measure_seconds=wall[0] if must_measure else 0.0,
+        findings=findings,
     )
+
+
+def _self_check(out: Path, model: Path, layout: str) -> tuple[Finding, ...]:
+    """The rules that hold for anybody's checkpoint, for ours too; and what each engine that the
+    layout is made for would stumble over.
+
+    Raises CheckFailed for an error that the source does not have: what goes over byte for byte is
+    as good as it was.
+    """
+    survey = Survey.open(out, model)
+    findings = run_rules(survey).findings
+    wrong = [f for f in findings if f.severity == Severity.ERROR]
+    if wrong and survey.source is not None:
+        before: dict[str, set[str]] = {}
+        for f in run_rules(survey.source).findings:
+            before.setdefault(f.rule.id, set()).update((f.file, *f.subjects))
+        wrong = [
+            f for f in wrong if f.rule.id not in before or not before[f.rule.id] >= set(f.subjects)
+        ]
+    if wrong:
+        raise CheckFailed(
+            f"{out}: written as planned, but `nybble check` finds {len(wrong)} errors: "
+            f"{'; '.join(f'{f.rule.id} {f.message}' for f in wrong[:3])}. If the source is sound, "
+            "please report it"
+        )
+    for engine in MADE_FOR[layout]:
+        aimed = survey.aimed_at(Target(engine))
+        found = run_rules(aimed, select_rules(["NB6"])).findings
+        findings += [f for f in found if f.severity > Severity.NOTE and f.engine == engine]
+    findings.sort(key=lambda f: (-f.severity, f.rule.id))
+    return tuple(findings)
 
 
 def _stage(target: Path, *, dry_run: bool, resume: bool) -> Stage:
@@ -299,11 +345,3 @@ def _refuse_missing(plan: Plan) -> None:
 def _clocks() -> tuple[float, float]:
     """Wall and CPU seconds."""
     return time.perf_counter(), time.process_time()
-
-
-def _refuse_inside(model: Path, out: Path) -> None:
-    """The source's side files are copied, those of subfolders too: the output would copy itself."""
-    if model.resolve() in out.resolve().parents:
-        raise CheckpointError(
-            f"{out}: lies inside the source folder {model}; name a folder outside of it"
-        )

@@ -10,12 +10,24 @@ from typing import Annotated
 import typer
 
 import nybble
-from nybble.cli import diff, doctor, evaluate, generate, inspect, kernels, plan, quantize
+from nybble.cli import (
+    check,
+    convert,
+    diff,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    kernels,
+    plan,
+    quantize,
+    repair,
+)
 from nybble.errors import NybbleError
 
 app = typer.Typer(
     name="nybble",
-    help="Four-bit LLM checkpoints: plan, quantize, inspect, compare, measure, generate.",
+    help="Four-bit LLM checkpoints: plan, quantize, check, repair, convert, measure, generate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,6 +36,9 @@ app = typer.Typer(
 )
 app.command("plan")(plan.command)
 app.command("quantize")(quantize.command)
+app.command("check")(check.command)
+app.command("repair")(repair.command)
+app.command("convert")(convert.command)
 app.command("inspect")(inspect.command)
 app.command("diff")(diff.command)
 app.command("perplexity")(evaluate.perplexity)
@@ -50,7 +65,7 @@ def _options(
         typer.Option("--version", help="Print the version.", callback=_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Four-bit LLM checkpoints: plan, quantize, inspect, compare, measure, generate."""
+    """Four-bit LLM checkpoints: plan, quantize, check, repair, convert, measure, generate."""
 
 
 def main() -> None:

@@ -51,6 +51,10 @@ def render(found: Environment) -> str:
     }
     lines = [f"{name:<11}{value}" for name, value in rows.items()]
     lines += [f"{'note':<11}{line}" for line in found.advice]
+    lines += [
+        f"{'known bad':<11}{row.engine}: {row.symptom} {row.workaround} {row.threads[0]}"
+        for row in found.known_bad
+    ]
     return "\n".join(lines).replace(str(Path.home()), "~") + "\n"
 
 

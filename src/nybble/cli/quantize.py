@@ -143,6 +143,7 @@ def render(result: Result) -> str:
             f"finite and positive; {checked.sqnr_db:.2f} dB over all quantized weights "
             f"({result.search})",
         ),
+        labelled("checked", _findings(result)),
         labelled("identical", f"{checked.copied:,} copied tensors byte for byte: {copied}"),
         labelled("size", f"{amount(source)} -> {amount(checked.payload_bytes)}"),
         labelled(
@@ -162,6 +163,22 @@ def render(result: Result) -> str:
             )
         )
     return "\n".join(lines) + "\n"
+
+
+def _findings(result: Result) -> str:
+    """What the rules of check say: the worst by name, the rest by number."""
+    from nybble.api.check import Severity
+
+    worse = [f for f in result.findings if f.severity > Severity.NOTE]
+    notes = len(result.findings) - len(worse)
+    said = "; ".join(
+        f"{f.rule.id} {f.severity}{f' in {f.engine}' if f.engine else ''}: {f.message}"
+        for f in worse[:3]
+    )
+    more = f" and {len(worse) - 3} more" if len(worse) > 3 else ""
+    return (
+        said or "no error, no warning"
+    ) + f"{more}; {notes} notes (nybble check {result.out} --source {result.plan.checkpoint.path})"
 
 
 def _input_scales(result: Result) -> list[str]:

@@ -29,7 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.checkpoint.disk import Disk
-from nybble.checkpoint.reader import Checkpoint, read_small
+from nybble.checkpoint.files import read_small
+from nybble.checkpoint.reader import Checkpoint
 from nybble.checkpoint.safetensors import SIZE_LIMIT, TensorInfo, TensorSpec, parse_json, show
 from nybble.checkpoint.writer import ShardLayout, as_bytes, layout_shards, partial_folder
 from nybble.errors import CheckpointError, DoesNotFit, EvaluationError

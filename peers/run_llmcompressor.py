@@ -1,11 +1,13 @@
 """Quantise a BF16 checkpoint with llm-compressor, round to nearest, for comparison.
 
-    run_llmcompressor.py MODEL OUT RECIPE   (environment: llmcompressor)
+    run_llmcompressor.py MODEL OUT RECIPE [--calibrate TEXT_FILE] [--ignore PATTERN...]
 
-RECIPE is a compressed-tensors preset in lower case (nvfp4a16, mxfp4a16, fp8_dynamic, fp8_block),
-run through `oneshot`; with the prefix mf_ through `model_free_ptq`, which never builds the model.
-Router, vision, gated DeltaNet, embeddings, MTP and the head stay BF16, as in llm-compressor's own
-example for this family. Prints one JSON line: CPU seconds, wall seconds, peak resident MiB.
+Environment: llmcompressor. RECIPE is a compressed-tensors preset in lower
+case (nvfp4a16, mxfp4a16, fp8_dynamic, fp8_block; nvfp4 with a text to calibrate on), run through
+`oneshot`; with the prefix mf_ through `model_free_ptq`, which never builds the model. Router,
+vision, gated DeltaNet, embeddings, MTP and the head stay BF16, as in llm-compressor's own example
+for this family; `--ignore` replaces that list. Prints one JSON line: CPU seconds, wall seconds,
+peak resident MiB.
 """
 
 import argparse
@@ -42,7 +44,28 @@ def run_model_free(model_dir: str, out: str, preset: str, ignore: list[str]) -> 
     )
 
 
-def run_oneshot(model_dir: str, out: str, preset: str, ignore: list[str], config: object) -> None:
+def samples(model_dir: str, text: str) -> dict[str, object]:
+    """What `oneshot` is told of a text: its tokens in rows of 128; nothing without one."""
+    if not text:
+        return {}
+    import datasets
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    with open(text, encoding="utf-8") as file:
+        ids = tokenizer(file.read())["input_ids"]
+    rows = [ids[at : at + 128] for at in range(0, len(ids), 128)]
+    columns = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
+    return {
+        "dataset": datasets.Dataset.from_dict(columns),
+        "num_calibration_samples": len(rows),
+        "max_seq_length": 128,
+    }
+
+
+def run_oneshot(
+    model_dir: str, out: str, preset: str, ignore: list[str], config: object, text: str
+) -> None:
     import torch
     import transformers
     from llmcompressor import oneshot
@@ -59,6 +82,7 @@ def run_oneshot(model_dir: str, out: str, preset: str, ignore: list[str], config
     oneshot(
         model=model,
         recipe=QuantizationModifier(targets="Linear", scheme=preset.upper(), ignore=ignore),
+        **samples(model_dir, text),
     )
     model.save_pretrained(out, save_compressed=True)
     transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(out)
@@ -69,6 +93,8 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("out")
     parser.add_argument("recipe")
+    parser.add_argument("--calibrate", metavar="TEXT_FILE", default="")
+    parser.add_argument("--ignore", metavar="PATTERN", nargs="+")
     options = parser.parse_args()
     row: dict[str, object] = {"tool": "llmcompressor", "recipe": options.recipe, "ok": True}
     start = time.time()
@@ -78,11 +104,12 @@ def main() -> int:
             import transformers
 
             config = transformers.AutoConfig.from_pretrained(options.model)
-            ignore = IGNORE + (IGNORE_MOE if "moe" in config.model_type else [])
+            usual = IGNORE + (IGNORE_MOE if "moe" in config.model_type else [])
+            ignore = options.ignore or usual
             if options.recipe.startswith("mf_"):
                 run_model_free(options.model, options.out, preset, ignore)
             else:
-                run_oneshot(options.model, options.out, preset, ignore, config)
+                run_oneshot(options.model, options.out, preset, ignore, config, options.calibrate)
     except Exception as error:
         traceback.print_exc()
         row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}

@@ -1,11 +1,13 @@
-"""Quantise a BF16 checkpoint with ModelOpt, data-free, and export it, for comparison.
+"""Quantise a BF16 checkpoint with ModelOpt and export it, for comparison.
 
-    run_modelopt.py MODEL OUT RECIPE        (environment: modelopt)
+    run_modelopt.py MODEL OUT RECIPE [--calibrate TEXT_FILE] [--mtp PREFIX]  (environment: modelopt)
 
-RECIPE: w4a16_max (W4A16_NVFP4_CFG), fp8_block (128x128 weight-only FP8), mxfp4, w4a16_mse (an FP8
-sweep of static block scales; without a GPU ModelOpt's Triton kernel is replaced by the same
-arithmetic in PyTorch). Which modules are left in BF16 is ModelOpt's own default. Prints one JSON
-line: CPU seconds by stage and in all, wall seconds, peak resident MiB.
+RECIPE: w4a16_max (W4A16_NVFP4_CFG), w4a4_max (NVFP4_DEFAULT_CFG), fp8_block (128x128 weight-only
+FP8), mxfp4, w4a16_mse (an FP8 sweep of static block scales; without a GPU ModelOpt's Triton kernel
+is replaced by the same arithmetic in PyTorch). Which modules are left in BF16 is ModelOpt's own
+default. Data-free unless a text is given. `--mtp` carries the MTP tensors over as ModelOpt's
+example script does, and excludes what begins with PREFIX. Prints one JSON line: CPU seconds by
+stage and in all, wall seconds, peak resident MiB.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from contextlib import redirect_stdout
 
 RECIPES = {
     "w4a16_max": "W4A16_NVFP4_CFG",
+    "w4a4_max": "NVFP4_DEFAULT_CFG",
     "w4a16_mse": "W4A16_NVFP4_CFG",
     "fp8_block": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
     "mxfp4": "MXFP4_DEFAULT_CFG",
@@ -92,7 +95,39 @@ def replace_triton_kernel() -> None:
     tensor_quant.StaticBlockwiseFP4FakeQuantFunction.forward = staticmethod(forward)
 
 
-def quantize(model_dir: str, out: str, recipe: str, stages: Stages) -> None:
+def calibration(model: object, model_dir: str, text: str) -> object:
+    """The loop that shows the model a text, 512 tokens at a time; None without one."""
+    if not text:
+        return None
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    with open(text, encoding="utf-8") as file:
+        ids = torch.tensor(tokenizer(file.read())["input_ids"])[None]
+
+    def loop(model: object) -> None:
+        with torch.no_grad():
+            for at in range(0, ids.shape[1], 512):
+                model(input_ids=ids[:, at : at + 512])
+
+    return loop
+
+
+def mtp_tensors(model_dir: str) -> dict[str, object]:
+    """Every tensor of the checkpoint whose name says mtp, whatever transformers made of it."""
+    from safetensors import safe_open
+
+    found = {}
+    for name in sorted(os.listdir(model_dir)):
+        if name.endswith(".safetensors"):
+            with safe_open(os.path.join(model_dir, name), "pt") as file:
+                found |= {key: file.get_tensor(key) for key in file.keys() if "mtp" in key}
+    return found
+
+
+def quantize(options: argparse.Namespace, stages: Stages) -> None:
+    model_dir, out, recipe = options.model, options.out, options.recipe
     import modelopt.torch.quantization as mtq
     import torch
     import transformers
@@ -111,10 +146,14 @@ def quantize(model_dir: str, out: str, recipe: str, stages: Stages) -> None:
     )
     model = loader.from_pretrained(model_dir, dtype=torch.bfloat16).eval()
     stages.mark("load")
-    model = mtq.quantize(model, settings, forward_loop=None)
+    loop = calibration(model, model_dir, options.calibrate)
+    model = mtq.quantize(model, settings, forward_loop=loop)
     stages.mark("quantize")
+    extra = mtp_tensors(model_dir) if options.mtp else None
+    if options.mtp:
+        model._mtp_layer_prefixes = [options.mtp]
     with torch.inference_mode():
-        export_hf_checkpoint(model, export_dir=out)
+        export_hf_checkpoint(model, export_dir=out, extra_state_dict=extra)
     transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(out)
     stages.mark("export")
 
@@ -124,12 +163,14 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("out")
     parser.add_argument("recipe", choices=RECIPES)
+    parser.add_argument("--calibrate", metavar="TEXT_FILE", default="")
+    parser.add_argument("--mtp", metavar="PREFIX", default="")
     options = parser.parse_args()
     row: dict[str, object] = {"tool": "modelopt", "recipe": options.recipe, "ok": True}
     stages = Stages()
     try:
         with redirect_stdout(sys.stderr):
-            quantize(options.model, options.out, options.recipe, stages)
+            quantize(options, stages)
     except Exception as error:
         traceback.print_exc()
         row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}

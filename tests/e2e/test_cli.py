@@ -280,8 +280,12 @@ def test_usage_errors_are_2_and_name_the_choices(ask: Ask, tmp_path: Path, model
     assert list(tmp_path.iterdir()) == []
 
 
-def test_errors_are_1_and_one_line(ask: Ask, tmp_path: Path, model: Path) -> None:
+def test_errors_are_1_and_one_line(
+    ask: Ask, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, model: Path
+) -> None:
     out = tmp_path / "out"
+    filled = tmp_path_factory.mktemp("filled")
+    (filled / "kept").touch()
     for arguments, words in (
         (["plan", tmp_path / "nowhere"], ("nowhere: no such folder", "download")),
         (["quantize", model, out, "-r", "fp8"], ("fp8-dynamic", "--layout compressed-tensors")),
@@ -289,7 +293,9 @@ def test_errors_are_1_and_one_line(ask: Ask, tmp_path: Path, model: Path) -> Non
             ["quantize", model, out, "--data-free", "-r", "nvfp4-w4a4"],
             ("input_scale", "nvfp4-all"),
         ),
-        (["quantize", model, model, "--data-free"], ("exists and is not empty",)),
+        (["quantize", model, model, "--data-free"], ("the source folder itself",)),
+        (["quantize", model, model / "out", "--data-free"], ("inside the source folder",)),
+        (["quantize", model, filled, "--data-free"], ("exists and is not empty",)),
         (["plan", model, "--data-free", "-r", "nvfp4-redhat"], ("nvfp4-redhat", "measure")),
     ):
         answer = ask(*arguments)

@@ -228,3 +228,17 @@ def test_mapped_files_count_as_free_memory(tmp_path: Path) -> None:
     (mount / "memory.max").write_text("max\n")
     assert available_bytes(proc, mount) == 3_600_000_000
     assert available_bytes(tmp_path / "no", tmp_path / "no") is None
+
+
+def test_known_failures_of_an_installed_engine_are_shown(tmp_path: Path) -> None:
+    """By its version; without an engine there is no such line."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text("raise AssertionError('imported')\n")
+    (tmp_path / "vllm-0.28.0.dist-info").mkdir()
+    (tmp_path / "vllm-0.28.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: vllm\nVersion: 0.28.0\n"
+    )
+    with_vllm = command("doctor", PYTHONPATH=str(tmp_path)).stdout
+    assert "known bad  vllm: " in with_vllm
+    assert "vllm/issues/53912" in with_vllm or "vllm/issues/43559" in with_vllm
+    assert "known bad" not in command("doctor").stdout

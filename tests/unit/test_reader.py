@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nybble.checkpoint import reader, safetensors
+from nybble.checkpoint import files, reader, safetensors
 from nybble.checkpoint.reader import INDEX, Checkpoint
 from nybble.checkpoint.safetensors import DTYPES, TensorInfo, TensorSpec
 from nybble.errors import CheckpointError
@@ -456,7 +456,7 @@ def test_side_files_may_not_lead_out(tmp_path: Path, is_folder: bool) -> None:
 
 
 def test_json_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (reader, safetensors):
+    for module in (files, safetensors):
         monkeypatch.setattr(module, "HEADER_LIMIT", 100)
     write(tmp_path, {"model.safetensors": one(), "config.json": {"a": "x" * 100}})
     assert "at most 100" in refusal(tmp_path)

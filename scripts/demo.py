@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -30,11 +31,15 @@ from pathlib import Path
 from types import TracebackType
 
 import nybble
+from nybble.api.check import Severity, check
+from nybble.api.convert import convert
 from nybble.api.doctor import doctor
 from nybble.api.evaluate import EvalResult, Protocol, evaluate, reference
 from nybble.api.generate import generate
 from nybble.api.plan import totals
 from nybble.api.quantize import Result, quantize
+from nybble.api.repair import repair
+from nybble.checkpoint.reader import Checkpoint
 from nybble.cli.output import billions, table
 from nybble.engine.request import SamplingParams
 from nybble.errors import CheckFailed, NybbleError
@@ -192,6 +197,7 @@ def show_model(source: Path, out: Path) -> None:
     show_divergence(source, out, found, mixed)
     for search in SEARCHES[:2]:
         shutil.rmtree(found[search].result.out)
+    show_check(source, found["mse"].result.out, out)
     show_speech(found["mse"].result.out, PROMPTS[out.name])
 
 
@@ -363,6 +369,41 @@ def between(figure: Figure, spell: str) -> str:
     return f"{spell.format(interval.low)} to {spell.format(interval.high)}"
 
 
+def show_check(source: Path, folder: Path, out: Path) -> None:
+    """Break a copy in a way that engines load without a word, have it found, mended, converted."""
+    broken, mended, other = out / "broken", out / "mended", out / "compressed-tensors"
+    module = spoil(folder, broken)
+    say("\nA copy with one tensor scale times three, in")
+    say(f"{module}: it loads without a word.\n")
+    for finding in check(broken, source=source).findings:
+        if finding.severity == Severity.ERROR:
+            field(f"{finding.rule.id}", f"{finding.severity}, {finding.message}")
+    done = repair(broken, mended, source=source)
+    for change in done.changes:
+        field("mended", f"{change.name}: {change.words}")
+    assert done.after is not None
+    if done.has_errors:
+        raise CheckFailed(f"{mended}: check finds errors after the repair")
+    field("checked", f"{short(mended)}: {done.after.count(Severity.ERROR)} errors")
+    verdict = convert(folder, other, "compressed-tensors").verdict
+    field("converted", f"to compressed-tensors, decoded again by separate code: {verdict}")
+    for made in (broken, mended, other):
+        shutil.rmtree(made)
+
+
+def spoil(folder: Path, broken: Path) -> str:
+    """Copy a checkpoint and multiply one tensor scale of a fused pair by three; its module."""
+    shutil.copytree(folder, broken)
+    with Checkpoint.open(broken) as checkpoint:
+        name = next(n for n in checkpoint.tensors if n.endswith("up_proj.weight_scale_2"))
+        info = checkpoint.tensors[name]
+        value = float(checkpoint.array(name))
+    with (broken / info.file).open("r+b") as file:
+        file.seek(info.offset)
+        file.write(struct.pack("<f", 3 * value))
+    return name.removesuffix(".weight_scale_2")
+
+
 def show_speech(folder: Path, prompt: str) -> None:
     """A sentence from the packed file, greedy."""
     say(f"\nnybble generate {short(folder)} {prompt!r}\n")
@@ -529,6 +570,9 @@ def demonstrate(out: Path, *, offline: bool) -> None:
         f""". {short(ROOT / ".venv" / "bin" / "activate")}
 nybble plan MODEL                             what happens to every tensor; headers are enough
 nybble quantize MODEL OUT --recipe nvfp4-all  writes OUT, opens it again and verifies it
+nybble check OUT --source MODEL               what is wrong with it; anybody's, also hf://org/model
+nybble repair OUT MENDED --source MODEL       mend that without quantizing again
+nybble convert OUT OTHER --to gguf            or compressed-tensors, modelopt, bf16
 nybble eval OUT --reference MODEL             KL divergence, top-1 agreement, perplexity
 nybble generate OUT "prompt"                  let it speak
 nybble inspect OUT                            what a checkpoint declares, and what it holds

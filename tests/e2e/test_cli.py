@@ -408,7 +408,7 @@ def test_a_run_that_is_stopped_goes_on_with_resume(
     journal = tmp_path / "out.partial" / "journal.jsonl"
     wait_for_commits(journal, 12, running)
     running.send_signal(sign)
-    stdout, stderr = running.communicate(timeout=30)
+    stdout, stderr = running.communicate(timeout=180)
     assert running.returncode == code, stderr
     assert "accounted" in stdout  # the plan, before the work; nothing of the result
     assert "verified" not in stdout

@@ -2,8 +2,11 @@
 
     python benchmarks/attention.py [--runs 9] [--threads 2] [--only scoring,decode,vocabulary]
 
-Scoring is 8 windows of 512 tokens in SmolLM2's shapes (9 query heads, 3 key/value heads of 64),
-decode one token after 4,096, the vocabulary 512 rows of 49,152 logits. Runs alternate between the
+Scoring is 8 windows of 512 tokens in SmolLM2's shapes (9 query heads, 3 key/value heads of 64), the
+vocabulary 512 rows of 49,152 logits. Decode writes one token and attends, after 1, 4,096 and 32,768
+others, in SmolLM2's shapes and those of Qwen3.6-35B-A3B (16 query heads, 2 key/value heads of 256),
+as a program of as many layers as no cache holds; GB/s are those of keys and values, to be compared
+with the machine's read bandwidth, which is printed. Runs alternate between the
 contenders, so that a busy moment hits all of them; figures are medians. torch's attention gets
 contiguous keys and values, is_causal, enable_gqa and its own dtype throughout; ours reads pages and
 computes in float32. GFLOP/s count what a causal mask leaves. One line per contender goes to
@@ -28,26 +31,31 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nybble.kernels import dispatch
 from nybble.kernels.compute import Compute
-from nybble.kernels.paged_attention import Pages, attention
+from nybble.kernels.machine_limits import read_bandwidth
+from nybble.kernels.paged_attention import FP8, Pages, attention, write
+from nybble.kernels.program import Program
 from nybble.kernels.vocabulary import divergence, log_likelihood
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
-WINDOWS, WINDOW_TOKENS, CONTEXT, PAGE_TOKENS = 8, 512, 4096, 64
+WINDOWS, WINDOW_TOKENS, PAGE_TOKENS = 8, 512, 64
 ROWS, VOCABULARY = 512, 49_152
-#: Microseconds are lost in the clock: short work is repeated within a run.
-DECODE_REPEATS = 50
+DECODE_SHAPES = {"SmolLM2": (HEADS, KV_HEADS, HEAD_DIM), "35B": (16, 2, 256)}
+CONTEXTS = (1, 4096, 32_768)
+#: Keys and values of all layers together: more than a cache holds; but no more layers than this.
+DECODE_BYTES, MOST_LAYERS = 192 << 20, 30
 
 
 @dataclass(frozen=True)
 class Contender:
-    """What is timed: `work` is in `unit` per call, a second's worth of it is reported."""
+    """What is timed: `work` is in `unit` per step, a second's worth of it is reported; a call makes
+    `steps` of them."""
 
     name: str
     call: Callable[[], object]
     work: float
     unit: str
-    repeats: int = 1
+    steps: int = 1
 
 
 def ints(values: list[int]) -> Tensor:
@@ -84,40 +92,41 @@ def scoring(compute: Compute) -> list[Contender]:
 
 
 def decode(compute: Compute) -> list[Contender]:
-    """One token of one sequence, after CONTEXT - 1 others."""
-    q = torch.randn(1, HEADS, HEAD_DIM)
-    count = CONTEXT // PAGE_TOKENS
-    table = torch.randperm(count)[None].int().contiguous()
-    starts, lengths = ints([0, 1]), ints([CONTEXT - 1])
+    """One token of one sequence, for each shape, context and page format."""
     found = []
-    for dtype in (torch.bfloat16, torch.float32):
-        shape = (count, KV_HEADS, PAGE_TOKENS, HEAD_DIM)
-        pages = Pages(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
-        order = table[0].long()
-        k, v = (
-            x[order].transpose(0, 1).reshape(1, KV_HEADS, CONTEXT, HEAD_DIM).contiguous()
-            for x in (pages.keys, pages.values)
-        )
-        gigabytes = 2 * k.nbytes / 1e9
-
-        def ours(pages: Pages = pages) -> Tensor:
-            return attention(
-                q, pages, table, starts, lengths, scale=HEAD_DIM**-0.5, compute=compute
-            )
-
-        one = q.transpose(0, 1)[None].to(dtype)
-
-        def torchs(inputs: tuple[Tensor, ...] = (one, k, v)) -> Tensor:
-            return scaled_dot_product_attention(*inputs, enable_gqa=True)
-
-        print(f"# decode {dtype}: difference {(ours()[0] - torchs()[0, :, 0]).abs().max():.1e}")
-        found.append(
-            Contender(f"decode nybble, {dtype} pages", ours, gigabytes, "GB/s", DECODE_REPEATS)
-        )
-        found.append(
-            Contender(f"decode torch SDPA, {dtype}", torchs, gigabytes, "GB/s", DECODE_REPEATS)
-        )
+    for shape in DECODE_SHAPES:
+        for context in CONTEXTS:
+            for dtype in (torch.bfloat16, FP8):
+                found.append(decode_layers(shape, context, dtype, compute))
+    print(f"# read bandwidth {read_bandwidth(compute.threads) / 1e9:.1f} GB/s")
     return found
+
+
+def decode_layers(shape: str, context: int, dtype: torch.dtype, compute: Compute) -> Contender:
+    """Writing and attention of some layers, recorded and replayed."""
+    heads, kv_heads, head_dim = DECODE_SHAPES[shape]
+    count = -(-context // PAGE_TOKENS)
+    one = torch.randn(2, count, kv_heads, PAGE_TOKENS, head_dim).to(dtype)
+    layers = max(1, min(MOST_LAYERS, DECODE_BYTES // one.nbytes))
+    pages = [Pages(*one.clone()) for _ in range(layers)]
+    table = torch.randperm(count)[None].int().contiguous()
+    batch = (table, ints([0, 1]), ints([context - 1]))
+    q, k = torch.randn(1, heads, head_dim), torch.randn(1, kv_heads, head_dim)
+    program = Program(tokens=1, sequences=1, outputs=1)
+    recording = Compute(threads=compute.threads, program=program)
+    with program.recording():
+        for layer in pages:
+            write(k, k, layer, *batch, recording)
+            attention(q, layer, *batch, scale=head_dim**-0.5, compute=recording)
+    program.keep((pages, batch, q, k))
+    gigabytes = 2 * context * kv_heads * head_dim * dtype.itemsize / 1e9
+    return Contender(
+        f"decode {shape}, {context:,} in {str(dtype)[6:]}, a layer",
+        lambda: program.run(tokens=1, sequences=1, outputs=0),
+        gigabytes,
+        "GB/s",
+        steps=layers,
+    )
 
 
 def vocabulary(compute: Compute) -> list[Contender]:
@@ -162,9 +171,8 @@ def report(contenders: list[Contender], runs: int, threads: int) -> None:
     for _ in range(runs):
         for c in contenders:
             started = time.perf_counter()
-            for _ in range(c.repeats):
-                c.call()
-            seconds[c.name].append((time.perf_counter() - started) / c.repeats)
+            c.call()
+            seconds[c.name].append((time.perf_counter() - started) / c.steps)
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()

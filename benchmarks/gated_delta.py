@@ -6,6 +6,10 @@ The shapes are those of Qwen3.6-35B-A3B: 16 key heads, 32 value heads of 128, 81
 2048. Ours and theirs take turns, so that a busy neighbour slows both; medians of wall time. The
 reference is float32 too, with torch's own threads. GFLOP/s counts what the chunked form here
 multiplies; GB/s the state, read and written once per token.
+
+A decode step is measured as the engine runs it: the mixers of many layers are recorded and
+replayed, so that every state comes from memory. Beside it, the limit: the same states multiplied in
+place by torch.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +29,10 @@ from nybble.kernels import dispatch, elementwise
 from nybble.kernels.compute import Compute
 from nybble.kernels.elementwise import reference
 from nybble.kernels.gated_delta import CHUNK, causal_conv, decay, gated_delta
+from nybble.kernels.program import Program
 
 HK, HV, D, TAPS, WIDTH = 16, 32, 128, 4, 2048
+HEADS = {"key_heads": HK, "value_heads": HV, "key_dim": D, "value_dim": D}
 CHANNELS = (2 * HK + HV) * D
 Call = Callable[[], object]
 
@@ -79,11 +86,11 @@ def delta_calls(tokens: int, is_recurrent: bool, compute: Compute) -> tuple[Call
     g, beta = -torch.rand(tokens, HV), torch.rand(tokens, HV)
     state = torch.zeros(1, HV, D, D)
     place = (numbers(0, tokens), numbers(CHUNK), numbers(0))
-    heads = {"key_heads": HK, "value_heads": HV, "key_dim": D, "value_dim": D}
+    recurrent = numbers(is_recurrent)
 
     def ours() -> Tensor:
         return gated_delta(
-            mixed, g, beta, state, *place, **heads, is_recurrent=is_recurrent, compute=compute
+            mixed, g, beta, state, *place, **HEADS, recurrent=recurrent, compute=compute
         )
 
     return ours, partial(theirs, mixed, g, beta, torch.zeros(1, HV, D, D), is_recurrent)
@@ -110,7 +117,7 @@ def others(tokens: int, compute: Compute) -> dict[str, tuple[Call, Call]]:
     return {
         "causal_conv": (lambda: causal_conv(x, weight, conv_state, *place, compute), torch_conv),
         "decay": (
-            lambda: decay(a, b, vector, vector),
+            lambda: decay(a, b, vector, vector, compute),
             lambda: (-vector.exp() * functional.softplus(a + vector), b.sigmoid()),
         ),
         "rms_norm": (
@@ -143,6 +150,51 @@ def chunk_flops(tokens: int) -> float:
     whole = 3 * D * D  # K S, Q S, and the state
     triangles = (CHUNK + 1) / 2 * (2 * D + 2 * D)  # A and the scores; E and the outputs
     return 2 * HV * tokens * (whole + triangles)
+
+
+def record_decode(states: Tensor, threads: int) -> Program:
+    """The mixers of a step that decodes a token of each sequence: states [layers, B, Hv, D, D]."""
+    layers, batch = states.shape[:2]
+    x, ba = torch.randn(batch, CHANNELS + HV * D), torch.randn(batch, 2 * HV)
+    conv_states = torch.randn(layers, batch, TAPS - 1, CHANNELS)
+    weights, vector = torch.randn(layers, CHANNELS, TAPS), torch.randn(HV)
+    place = (numbers(*range(batch + 1)), numbers(*[CHUNK] * batch), numbers(*range(batch)))
+    recurrent = numbers(*[1] * batch)
+    program = Program(tokens=batch, sequences=batch, outputs=batch)
+    program.keep((states, x, ba, conv_states, weights, vector, place, recurrent))
+    compute = Compute(threads=threads, program=program)
+    with program.recording():
+        for layer in range(layers):
+            g, beta = decay(ba[:, :HV], ba[:, HV:], vector, vector, compute)
+            conv = (weights[layer], conv_states[layer], *place)
+            mixed = causal_conv(x[:, :CHANNELS], *conv, compute)
+            delta = (mixed, g, beta, states[layer], *place)
+            gated_delta(*delta, **HEADS, recurrent=recurrent, compute=compute)
+    return program
+
+
+def decode_rows(batch: int, threads: int, runs: int) -> list[dict[str, object]]:
+    """Microseconds per layer of each kernel of a decode step, medians, and the limit of memory."""
+    layers = max(4, 30 // batch)
+    states = torch.randn(layers, batch, HV, D, D)
+    program = record_decode(states, threads)
+    taken = []
+    for _ in range(runs + 2):
+        ticks = np.zeros(len(program.names), dtype=np.int64)
+        program.run(tokens=batch, sequences=batch, outputs=batch, ticks=ticks)
+        taken.append(ticks.reshape(layers, 3).mean(axis=0) / 1e3)
+    median = np.median(taken[2:], axis=0)
+    limit = seconds([lambda: states.mul_(1.0)], runs)[0] / layers * 1e6
+    moved = 2.0 * states[0].nbytes / 1e3
+    return [
+        {
+            "operation": name.removeprefix("nyb_"),
+            "batch": batch,
+            "us": float(spent),
+            "rate": f"{moved / spent:.1f} GB/s of {moved / limit:.1f}" if i == 2 else "",
+        }
+        for i, (name, spent) in enumerate(zip(program.names[:3], median, strict=True))
+    ]
 
 
 def main() -> None:
@@ -180,8 +232,17 @@ def main() -> None:
     for tokens in (1, 512):
         for name, calls in others(tokens, compute).items():
             measure(name, tokens, calls, 0, "")
+    steps = [r for batch in (1, 4, 16) for r in decode_rows(batch, options.threads, options.runs)]
+    for row in [] if options.json else steps:
+        print(
+            f"{row['operation']:16} {row['batch']:5} decoding {row['us']:10.1f} us   {row['rate']}"
+        )
     if options.json:
-        print(json.dumps({"kernels": choice, "threads": options.threads, "rows": rows}))
+        print(
+            json.dumps(
+                {"kernels": choice, "threads": options.threads, "rows": rows, "decode": steps}
+            )
+        )
 
 
 if __name__ == "__main__":

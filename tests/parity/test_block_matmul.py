@@ -21,7 +21,8 @@ from nybble.formats.search import quantize
 from nybble.formats.tensor import BlockScaledTensor
 from nybble.kernels import dispatch
 from nybble.kernels.block_matmul import Prepared, Weight, matmul, prepare
-from nybble.kernels.compute import Compute, Precision
+from nybble.kernels.compute import PRECISIONS, Compute, Precision
+from nybble.kernels.program import Program
 
 #: Float32 sums of K products: each rounds K times at most, by 2^-24 of a partial sum that is no
 #: larger than the sum of magnitudes; the lanes and the randomness of signs leave a tenth of that.
@@ -33,15 +34,14 @@ PLAIN = {
     "f32": np.dtype(np.float32),
 }
 KINDS = [*FORMATS, *PLAIN]
-#: Rows: decoded in registers (1 to 4), tiles with every remainder, more than a block of 128.
-ROWS = (1, 2, 3, 4, 5, 67)
-#: K: a tail of each kind, more than a decoded tile holds (2048 BF16, 1024 floats), many scales.
+#: Rows: decoded in registers (1 to 4, or 6), tiles with every remainder, more than a block of 128.
+ROWS = (1, 2, 3, 4, 5, 6, 67)
+#: K: a tail of each kind, more than a decoded tile holds (1024 or 2048 elements), many scales.
 ODD_K = (1, 31, 33, 100, 129, 1030, 2050)
 BLOCK_K = {"nvfp4": (16, 48, 64, 80, 1040, 2080), "mxfp4": (32, 96, 128, 1056, 2080)}
 #: N: fewer than a tile of 6, 4 or 4, an odd one, across a 128 row block of scales.
 COLUMNS = (1, 3, 5, 13, 131)
 BACKENDS = ["reference", *dispatch.ISAS]
-PRECISIONS: tuple[Precision, ...] = ("bf16", "f32")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -91,11 +91,26 @@ def rows(m: int, k: int, seed: int = 1) -> Tensor:
     return torch.from_numpy(rng.standard_normal((m, k), dtype=np.float32))
 
 
+def multiplied(x: Tensor, precision: Precision, weight: Weight) -> NDArray[np.float64]:
+    """x in float64 as it meets a weight, rounded by other means than the definition's."""
+    is_packed = isinstance(weight, BlockScaledTensor) and weight.format.is_packed
+    if precision == "f32":
+        return x.double().numpy()
+    if precision == "bf16" or not is_packed:
+        return x.numpy().astype(ml_dtypes.bfloat16).astype(np.float64)
+    blocks = x.numpy().reshape(len(x), -1, 16)
+    scale = np.abs(blocks).max(axis=2, keepdims=True) / np.float32(127)
+    assert (scale > 1e-30).all()
+    integers = np.rint(blocks * (np.float32(1) / scale))
+    assert np.abs(integers).max() <= 127
+    return (integers.astype(np.float64) * scale.astype(np.float64)).reshape(x.shape)
+
+
 def assert_close(
     found: Tensor, x: Tensor, weights: Sequence[Weight], precision: Precision, what: str
 ) -> None:
     """Against float64: the error of each sum, in units of the sum of magnitudes."""
-    rounded = (x.bfloat16() if precision == "bf16" else x).double().numpy()
+    rounded = multiplied(x, precision, weights[0])
     w = np.concatenate([dense(weight) for weight in weights])
     error = np.abs(found.double().numpy() - rounded @ w.T)
     bound = RTOL * (np.abs(rounded) @ np.abs(w).T) + 1e-30
@@ -214,6 +229,68 @@ def test_threads_of_the_caller_do_not_share_memory(backend: str) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_and_replayed_a_row_has_the_same_bits(backend: str, kind: str) -> None:
+    """A program of 9 rows, whose input lies in wider ones, replayed for fewer."""
+    if backend == "reference":
+        pytest.skip("only compiled kernels are recorded")
+    group = prepare([weight_of(kind, 11, 96), weight_of(kind, 3, 96)])
+    wide = rows(9, 120)
+    for precision in PRECISIONS:
+        program = Program(tokens=9, sequences=1, outputs=1)
+        with program.recording():
+            found = matmul(wide[:, 20:116], group, Compute(precision, 2, program))
+        for m in (9, 1, 5, 0):
+            program.run(tokens=m, sequences=1, outputs=1)
+            wanted = matmul(wide[:m, 20:116], group, Compute(precision, 1))
+            assert torch.equal(found[:m], wanted)
+
+
+# --------------------------------------------------------------------------- rounding to INT8
+
+
+def identity(fmt: BlockFormat, k: int) -> BlockScaledTensor:
+    """A weight [K, K] whose outputs are its inputs as they were rounded."""
+    codes = np.zeros((k, k), dtype=np.uint8)
+    np.fill_diagonal(codes, 2)  # 1 in E2M1
+    one = 0x38 if fmt is NVFP4 else 0x7F
+    scale = np.full(fmt.scale_shape((k, k)), one, dtype=np.uint8)
+    top = np.array(1, dtype=np.float32) if fmt.has_tensor_scale else None
+    return BlockScaledTensor(fmt, (k, k), codes[:, 0::2] | codes[:, 1::2] << 4, scale, top)
+
+
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=str)
+def test_int8_rounds_to_the_nearest_ties_to_even(backend: str, fmt: BlockFormat) -> None:
+    k = 96
+    x = torch.arange(k).remainder(16).sub(8).add(0.5).repeat(8, 1)  # halves, up to 7.5
+    x += torch.arange(8)[:, None] * 16
+    x[:, ::16] = 127.0  # the scale is 1
+    x[3::2, 5::16] = -127.0
+    for m in (1, 8):
+        found = matmul(x[:m], prepare([identity(fmt, k)]), Compute("int8", 2))
+        assert torch.equal(found, x[:m].round())
+
+
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=str)
+def test_each_block_of_16_has_a_scale_of_its_own(backend: str, fmt: BlockFormat) -> None:
+    k = 160
+    magnitudes = torch.tensor([1.0, 2**-30, 2**20, 3e38, 0.0, 2**-100, 7.0, 1e-45, 2**-110, 448.0])
+    x = torch.repeat_interleave(magnitudes, 16) * rows(1, k).clamp(-1, 1)
+    x[0, ::16] = magnitudes
+    for m in (1, 7):
+        found = matmul(x.repeat(m, 1), prepare([identity(fmt, k)]), Compute("int8", 1))
+        error = (found - x).abs().unflatten(1, (-1, 16)).amax(dim=2)
+        # Half a step of a 127th; float32 has room for scales down to 2^-120.
+        assert (error <= magnitudes * (0.5 / 127 + 1e-6) + 127 * 2.0**-120).all()
+        assert (found[:, 64:80] == 0).all()
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("nvfp4", "mxfp4")])
+def test_int8_is_bf16_for_weights_of_more_than_four_bits(backend: str, kind: str) -> None:
+    group, x = prepare([weight_of(kind, 9, 256)]), rows(7, 256)
+    assert torch.equal(matmul(x, group, Compute("int8", 1)), matmul(x, group, Compute("bf16", 1)))
+
+
 # ------------------------------------------------------------------- what must not be hidden
 
 
@@ -248,9 +325,11 @@ def test_a_nan_code_or_scale_shows_in_its_column(backend: str, kind: str) -> Non
         codes[2, -1] = 0xFF
         columns = [2]
     broken = BlockScaledTensor(w.format, w.shape, codes, scale, w.tensor_scale)
-    for m in (1, 6):
-        found = matmul(rows(m, 160), prepare([broken]), Compute("bf16", 2))
-        assert found.isnan().any(dim=0).nonzero().flatten().tolist() == columns
+    for m in (1, 7):
+        for precision in PRECISIONS:
+            found = matmul(rows(m, 160), prepare([broken]), Compute(precision, 2))
+            assert found.isnan().any(dim=0).nonzero().flatten().tolist() == columns
+            assert found.isnan().all(dim=0).nonzero().flatten().tolist() == columns
 
 
 @pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=str)
@@ -263,6 +342,7 @@ def test_every_code_under_every_scale(backend: str, fmt: BlockFormat) -> None:
     top = np.float32(1) if fmt.has_tensor_scale else None
     w = BlockScaledTensor(fmt, (256, width), packed, scale, None if top is None else np.array(top))
     found = matmul(torch.eye(width), prepare([w]), Compute("bf16", 1)).numpy().T
+    int8 = matmul(torch.eye(width), prepare([w]), Compute("int8", 1)).numpy().T
     wanted = w.dequantize()
     # BF16 dot products take and give zero for subnormal numbers.
     wanted = np.where(np.abs(wanted) < 2.0**-126, found, wanted)
@@ -270,8 +350,11 @@ def test_every_code_under_every_scale(backend: str, fmt: BlockFormat) -> None:
         # Infinity times the zeros of the other columns is NaN: 6 * 2^127 is no float32.
         overflows = ~np.isfinite(wanted).all(axis=1)
     np.testing.assert_array_equal(found[~overflows], wanted[~overflows])
+    # 127 times the float32 nearest to a 127th of 1 is not quite 1.
+    np.testing.assert_allclose(int8[~overflows], wanted[~overflows], rtol=1e-6, atol=2.0**-126)
     assert overflows.sum() == (2 if fmt is NVFP4 else 3)
     assert not np.isfinite(found[overflows]).all(axis=1).any()
+    assert not np.isfinite(int8[overflows]).all(axis=1).any()
 
 
 @pytest.mark.parametrize("fmt", [FP8, FP8_CHANNEL, FP8_BLOCK], ids=str)
@@ -285,23 +368,24 @@ def test_every_fp8_code(backend: str, fmt: BlockFormat) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect through ctypes")
+@pytest.mark.parametrize("n", [7, 13])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_read_past_the_end_of_a_weight(backend: str, kind: str) -> None:
+def test_nothing_is_read_past_the_end_of_a_weight(backend: str, kind: str, n: int) -> None:
     """Codes, and scales, end where a page does, and the next page may not be read."""
-    k = 80 if kind == "nvfp4" else 96 if kind == "mxfp4" else 77
-    w = weight_of(kind, 7, k)
-    guards: list[mmap.mmap] = []
-    if isinstance(w, BlockScaledTensor):
-        codes, scale = at_page_end(w.codes, guards), at_page_end(w.scale, guards)
-        held: Weight = BlockScaledTensor(w.format, w.shape, codes, scale, w.tensor_scale)
-    else:
-        held = at_page_end(w, guards)
-    for m in (1, 4, 7):
-        for precision in PRECISIONS:
-            x, compute = rows(m, k), Compute(precision, 1)
-            assert torch.equal(
-                matmul(x, prepare([held]), compute), matmul(x, prepare([w]), compute)
-            )
+    for k in {"nvfp4": (80, 528), "mxfp4": (96, 544)}.get(kind, (77,)):
+        w = weight_of(kind, n, k)
+        guards: list[mmap.mmap] = []
+        if isinstance(w, BlockScaledTensor):
+            codes, scale = at_page_end(w.codes, guards), at_page_end(w.scale, guards)
+            held: Weight = BlockScaledTensor(w.format, w.shape, codes, scale, w.tensor_scale)
+        else:
+            held = at_page_end(w, guards)
+        for m in (1, 4, 7):
+            for precision in PRECISIONS:
+                x, compute = rows(m, k), Compute(precision, 1)
+                assert torch.equal(
+                    matmul(x, prepare([held]), compute), matmul(x, prepare([w]), compute)
+                )
 
 
 def at_page_end(x: NDArray, guards: list[mmap.mmap]) -> NDArray:

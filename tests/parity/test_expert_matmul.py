@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,10 @@ from nybble.formats.block import FORMATS
 from nybble.formats.search import quantize
 from nybble.kernels import dispatch
 from nybble.kernels.block_matmul import Weight, matmul, prepare
-from nybble.kernels.compute import Compute, Precision
+from nybble.kernels.compute import PRECISIONS, Compute, Precision
 from nybble.kernels.expert_matmul import expert_matmul, prepare_experts
 from nybble.kernels.expert_matmul.reference import expert_matmul as definition
+from nybble.kernels.program import Program
 
 #: As in test_block_matmul: the same sums in another order, against the sum of magnitudes.
 RTOL = 2e-6
@@ -55,7 +58,7 @@ def rows(m: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(m).standard_normal((m, K), dtype=np.float32))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "f32"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_go_through_their_expert(backend: str, kind: str, precision: Precision) -> None:
     experts = experts_of(kind)
@@ -85,19 +88,35 @@ def test_a_row_has_the_bits_of_its_expert_alone(backend: str, kind: str) -> None
         pytest.skip("the definition is torch's matmul, which sums as it likes")
     experts = experts_of(kind)
     stack = prepare_experts(experts)
-    for counts in COUNTS:
+    for precision, counts in itertools.product(PRECISIONS, COUNTS):
         x = rows(sum(counts))
-        found = expert_matmul(x, torch.tensor(counts), stack, Compute("bf16", 2))
-        single = expert_matmul(x, torch.tensor(counts), stack, Compute("bf16", 1))
+        found = expert_matmul(x, torch.tensor(counts), stack, Compute(precision, 2))
+        single = expert_matmul(x, torch.tensor(counts), stack, Compute(precision, 1))
         assert torch.equal(found, single)
         row = 0
         for members, count in zip(experts, counts, strict=True):
             alone = prepare(members)
             for i in range(row, row + count, 9):
                 assert torch.equal(
-                    found[i : i + 1], matmul(x[i : i + 1], alone, Compute("bf16", 1))
+                    found[i : i + 1], matmul(x[i : i + 1], alone, Compute(precision, 1))
                 )
             row += count
+
+
+def test_recorded_counts_are_those_of_the_replay(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("only compiled kernels are recorded")
+    stack = prepare_experts(experts_of("nvfp4"))
+    x, counts = rows(2 * 9), torch.zeros(7, dtype=torch.int64)
+    program = Program(tokens=9, sequences=1, outputs=1)
+    with program.recording():
+        found = expert_matmul(x, counts, stack, Compute("int8", 2, program))
+    for tokens, chosen in ((9, [0, 1, 10, 0, 3, 4, 0]), (2, [4, 0, 0, 0, 0, 0, 0]), (0, [0] * 7)):
+        counts.copy_(torch.tensor(chosen))
+        program.run(tokens=tokens, sequences=1, outputs=1)
+        m = 2 * tokens
+        wanted = expert_matmul(x[:m], counts, stack, Compute("int8", 1))
+        assert torch.equal(found[:m], wanted)
 
 
 def test_nan_stays_with_its_row(backend: str) -> None:

@@ -7,15 +7,20 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
+from random import Random
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nybble.errors import EngineError
 from nybble.kernels import dispatch
 from nybble.kernels.compute import Compute
 from nybble.kernels.gated_delta import causal_conv, decay, gated_delta
+from nybble.kernels.program import Program
 
 #: Key heads, value heads, key dim, value dim: ratios 1, 2, 3; multiples of no vector; Dk != Dv.
 SHAPES = [(2, 2, 16, 32), (2, 4, 32, 16), (1, 3, 17, 37), (1, 2, 128, 64), (1, 1, 64, 128)]
@@ -90,9 +95,11 @@ class Case:
         starts: Tensor,
         lengths: Tensor,
         slots: Tensor,
-        is_recurrent: bool,
+        recurrent: Tensor | bool,
         compute: Compute = TWO,
     ) -> Tensor:
+        if isinstance(recurrent, bool):
+            recurrent = torch.full_like(lengths, recurrent)
         names = ("key_heads", "value_heads", "key_dim", "value_dim")
         return gated_delta(
             self.mixed,
@@ -103,7 +110,7 @@ class Case:
             lengths,
             slots,
             **dict(zip(names, self.shape, strict=True)),
-            is_recurrent=is_recurrent,
+            recurrent=recurrent,
             compute=compute,
         )
 
@@ -270,6 +277,41 @@ def test_delta_is_the_same_in_company_and_on_other_threads(
     assert torch.equal(alone.state, many.state)
 
 
+#: Each sequence: its new tokens, how many it had, and whether it runs token by token.
+SEQUENCES = st.lists(
+    st.tuples(
+        st.sampled_from([0, 1, 2, 5, 64, 70]), st.sampled_from([0, 3, 64, 100]), st.booleans()
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(sequences=SEQUENCES, threads=st.sampled_from([1, 2, 5]), order=st.randoms())
+def test_chunks_and_single_tokens_share_a_batch(
+    backend: str, sequences: list[tuple[int, int, bool]], threads: int, order: Random
+) -> None:
+    """Each sequence has the bits that it has alone, whatever runs beside it and how."""
+    tokens, lengths, recurrent = (list(x) for x in zip(*sequences, strict=True))
+    slots = list(range(len(sequences) + 1))
+    order.shuffle(slots)
+    slots = slots[:-1]
+    case = make((1, 3, 17, 37), sum(tokens), slots=len(sequences) + 1)
+    many, alone = case.copy(), case.copy()
+    starts = ints(0, *accumulate(tokens))
+    place = (starts, ints(*lengths), ints(*slots))
+    wanted = many.run(*place, ints(*recurrent), Compute(threads=threads))
+    for b, count in enumerate(tokens):
+        begin = int(starts[b])
+        place = (ints(0, count), ints(lengths[b]), ints(slots[b]))
+        out = alone.rows(begin, begin + count).run(*place, recurrent[b], ONE)
+        assert torch.equal(out, wanted[begin : begin + count])
+    assert torch.equal(alone.state, many.state)
+
+
 @pytest.mark.parametrize("rate", [-40.0, -1e-7, 0.0])
 def test_chunks_survive_any_decay(backend: str, rate: float) -> None:
     """exp(G_i - G_j) above the diagonal would overflow; a fast decay underflows to 0."""
@@ -350,14 +392,14 @@ def test_decay_equals_float64(backend: str, heads: int) -> None:
     a, b = torch.randn(9, heads) * 8, torch.randn(9, heads) * 8
     a[0, :3], b[0, :3] = torch.tensor([-60.0, 19.99, 60.0]), torch.tensor([-80.0, 0.0, 80.0])
     a_log, bias = torch.randn(heads), torch.zeros(heads)
-    g, beta = decay(a, b, a_log, bias)
+    g, beta = decay(a, b, a_log, bias, TWO)
     soft = torch.logaddexp(a.double(), torch.zeros(()).double())
     # torch's softplus, which the reference calls, has lost half its digits at e^-15.
     rtol = ELEMENT_RTOL if backend != "reference" else 1e-5
     torch.testing.assert_close(g.double(), -a_log.double().exp() * soft, rtol=rtol, atol=0)
     torch.testing.assert_close(beta.double(), b.double().sigmoid(), rtol=ELEMENT_RTOL, atol=0)
     if backend != "reference":
-        alone = decay(a[4:5], b[4:5], a_log, bias)
+        alone = decay(a[4:5], b[4:5], a_log, bias, ONE)
         assert torch.equal(alone[0], g[4:5])
         assert torch.equal(alone[1], beta[4:5])
 
@@ -365,9 +407,91 @@ def test_decay_equals_float64(backend: str, heads: int) -> None:
 def test_decay_keeps_nan(backend: str) -> None:
     a, b = torch.zeros(2, 20), torch.zeros(2, 20)
     a[0, 3] = b[1, 19] = torch.nan
-    g, beta = decay(a, b, torch.zeros(20), torch.zeros(20))
+    g, beta = decay(a, b, torch.zeros(20), torch.zeros(20), ONE)
     assert g.isnan().nonzero().tolist() == [[0, 3]]
     assert beta.isnan().nonzero().tolist() == [[1, 19]]
+
+
+# ----------------------------------------------------------------------------- slices, programs
+
+
+def test_rows_of_a_wider_matrix_are_read_in_place(backend: str) -> None:
+    torch.manual_seed(5)
+    wide, weight, state = torch.randn(9, 150), torch.randn(70, 4), torch.randn(2, 3, 70)
+    place = (ints(0, 4, 9), ints(3, 0), ints(1, 0))
+    other = state.clone()
+    out = causal_conv(wide[:, 11:81], weight, state, *place, TWO)
+    assert torch.equal(out, causal_conv(wide[:, 11:81].contiguous(), weight, other, *place, TWO))
+    assert torch.equal(state, other)
+    a, b, vector = wide[:, :48], wide[:, 48:96], torch.randn(48)
+    found = decay(a, b, vector, vector, TWO)
+    wanted = decay(a.contiguous(), b.contiguous(), vector, vector, TWO)
+    # torch's own sigmoid, which the reference calls, differs in bits by where a row lies.
+    torch.testing.assert_close(found, wanted, rtol=ELEMENT_RTOL, atol=0)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A mixer between the projections, on buffers that outlive a step."""
+
+    shape: tuple[int, int, int, int]
+    weight: Tensor
+    conv: Tensor
+    state: Tensor
+    vector: Tensor
+
+    def copy(self) -> Layer:
+        return replace(self, conv=self.conv.clone(), state=self.state.clone())
+
+    def run(self, qkvz: Tensor, ba: Tensor, place: list[Tensor], compute: Compute) -> Tensor:
+        hv = self.shape[1]
+        g, beta = decay(ba[:, hv:], ba[:, :hv], self.vector, self.vector, compute)
+        x = qkvz[:, : len(self.weight)]
+        mixed = causal_conv(x, self.weight, self.conv, *place[:3], compute)
+        case = Case(mixed, g, beta, self.state, self.shape)
+        starts, lengths, slots, recurrent = place
+        return case.run(starts, lengths, slots, recurrent, compute)
+
+
+@pytest.mark.parametrize("isa", dispatch.ISAS)
+def test_a_replay_is_the_direct_call(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of batches that differ from the recorded one in everything but the buffers."""
+    if isa not in dispatch.machine_isas():
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("NYBBLE_KERNELS", "cpu")
+    monkeypatch.setenv("NYBBLE_ISA", isa)
+    torch.manual_seed(6)
+    shape, channels = (2, 4, 24, 40), 2 * 2 * 24 + 4 * 40
+    direct = Layer(
+        shape,
+        torch.randn(channels, 4),
+        torch.randn(5, 3, channels),
+        torch.randn(5, 4, 24, 40),
+        torch.randn(4),
+    )
+    replayed = direct.copy()
+    qkvz, ba = torch.empty(150, channels + 160), torch.empty(150, 8)
+    place = [torch.zeros(n, dtype=torch.int32) for n in (5, 4, 4, 4)]  # slots are no slots yet
+    program = Program(tokens=150, sequences=4, outputs=4)
+    with program.recording():
+        out = replayed.run(qkvz, ba, place, Compute(threads=2, program=program))
+    for counts, lengths, slots, recurrent in [
+        ((1, 1, 1, 1), (3, 64, 0, 9), (3, 0, 2, 4), (1, 1, 1, 1)),
+        ((1, 0, 149), (4, 7, 0), (3, 0, 1), (1, 0, 0)),
+        ((70,), (149,), (1,), (0,)),
+    ]:
+        size = len(counts)
+        starts = (0, *accumulate(counts))
+        for buffer, values in zip(place, (starts, lengths, slots, recurrent), strict=True):
+            buffer[: len(values)] = ints(*values)
+        tokens = starts[-1]
+        qkvz[:tokens], ba[:tokens] = torch.randn(tokens, channels + 160), torch.randn(tokens, 8)
+        program.run(tokens=tokens, sequences=size, outputs=size)
+        now = [place[0][: size + 1], *(x[:size] for x in place[1:])]
+        wanted = direct.run(qkvz[:tokens], ba[:tokens], now, ONE)
+        assert torch.equal(out[:tokens], wanted)
+        assert torch.equal(replayed.conv, direct.conv)
+        assert torch.equal(replayed.state, direct.state)
 
 
 # ----------------------------------------------------------------------------- what is refused
@@ -388,6 +512,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(backend: str) -
     place = (ints(0, 4), ints(0), ints(0))
     with pytest.raises(EngineError, match="g must be contiguous"):
         replace(case, g=case.g[:, :3]).run(*place, True)
+    for wrong in (torch.ones(1, dtype=torch.int64), ints(1, 1)):
+        with pytest.raises(EngineError, match="recurrent must be"):
+            case.run(*place, wrong)
+    with pytest.raises(EngineError, match="x must be float32"):
+        causal_conv(torch.zeros(8, 4).t(), torch.zeros(8, 2), torch.zeros(1, 1, 8), *place, ONE)
     with pytest.raises(EngineError, match="do not divide"):
         replace(case, shape=(3, 4, 32, 16)).run(*place, True)
     with pytest.raises(EngineError, match=r"weight must be .*\[8, 16\]"):

@@ -20,7 +20,8 @@ from nybble.kernels.compute import Compute
 from nybble.models.linear import Mode
 from nybble.models.model import Model
 from nybble.models.rope import image_positions
-from nybble.models.state import SequenceState, make_batch
+from nybble.models.sequence import SequenceState
+from nybble.models.state import make_batch
 
 #: The issue of parity in float32: sums of a few hundred products in two orders, logits of size 1.
 TOLERANCE = 1e-4
@@ -136,7 +137,9 @@ def tokens(count: int, seed: int = 0) -> torch.Tensor:
 def pools(model: Model, sequences: int, page_tokens: int) -> Any:
     pages = model.page_pool(sequences, page_tokens, "f32")
     states = model.state_pool(sequences)
-    held = [SequenceState(pages.take(1), slots=[states.take()]) for _ in range(sequences)]
+    held = [
+        SequenceState(pages.numbers.take(), slots=states.numbers.take()) for _ in range(sequences)
+    ]
     return pages, states, held
 
 

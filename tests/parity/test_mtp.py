@@ -21,7 +21,8 @@ from nybble.kernels.compute import Compute
 from nybble.models.linear import Mode
 from nybble.models.model import MTP_LAYER, Model
 from nybble.models.mtp import MtpHead
-from nybble.models.state import PagePool, SequenceState, make_batch
+from nybble.models.sequence import SequenceState
+from nybble.models.state import PagePool, make_batch
 
 F32 = Mode(Compute("f32", 2))
 TOLERANCE = 1e-4  # float32 sums in two orders
@@ -134,12 +135,14 @@ def test_the_head_agrees_with_the_reference(family: str, tmp_path: Path) -> None
         head = model.mtp
         assert head is not None
         pool = PagePool(model.network, [MTP_LAYER], 1, 80, "f32")
-        state = SequenceState([], mtp_pages=pool.take(1))
+        state = SequenceState([], mtp_pages=pool.numbers.take())
         parts = []
         for part in (slice(0, 66), slice(66, 67), slice(67, 70)):
             batch = make_batch(model.network, [tokens[part]], [state], is_mtp=True)
             parts.append(
-                head(model.embed(tokens[part]), hidden[part], batch, pool.layers[MTP_LAYER], F32)
+                head(
+                    model.embed(tokens[part], F32), hidden[part], batch, pool.layers[MTP_LAYER], F32
+                )
             )
             state.mtp_length += part.stop - part.start
     difference = float((torch.cat(parts) - expected).abs().max())
@@ -156,7 +159,7 @@ class Generated:
         self.model = model
         longest = max(map(len, prompts)) + NEW_TOKENS
         pages, slots = model.page_pool(len(prompts), longest, "f32"), model.state_pool(len(prompts))
-        states = [SequenceState(pages.take(1), slots=[slots.take()]) for _ in prompts]
+        states = [SequenceState(pages.numbers.take(), slots=slots.numbers.take()) for _ in prompts]
         self.tokens = [list(p) for p in prompts]
         hidden: list[list[Tensor]] = [[] for _ in prompts]
         live, new = list(range(len(prompts))), [list(p) for p in prompts]
@@ -195,10 +198,10 @@ def draft(model: Model, head: MtpHead, tokens: list[int], hidden: Tensor, k: int
     count = len(hidden)
     pool = PagePool(model.network, [MTP_LAYER], 1, count + k, "f32")
     cache = pool.layers[MTP_LAYER]
-    state = SequenceState([], mtp_pages=pool.take(1))
+    state = SequenceState([], mtp_pages=pool.numbers.take())
     following = torch.tensor(tokens[1 : count + 1])
     batch = make_batch(model.network, [following], [state], is_mtp=True)
-    first = head(model.embed(following), hidden, batch, cache, F32)
+    first = head(model.embed(following, F32), hidden, batch, cache, F32)
     found = torch.zeros((count, k), dtype=torch.int64)
     for p in range(count - 1, -1, -1):
         row = first[p : p + 1]
@@ -207,7 +210,7 @@ def draft(model: Model, head: MtpHead, tokens: list[int], hidden: Tensor, k: int
             if j + 1 < k:
                 state.mtp_length = p + 1 + j
                 batch = make_batch(model.network, [found[p, j : j + 1]], [state], is_mtp=True)
-                row = head(model.embed(found[p, j : j + 1]), row, batch, cache, F32)
+                row = head(model.embed(found[p, j : j + 1], F32), row, batch, cache, F32)
     return found
 
 

@@ -308,7 +308,17 @@ def test_the_c_code_compiles_without_warnings(tmp_path: Path) -> None:
     compiler = build.compilers()[0]
     sources = [str(build.FOLDER / s) for s in build.SOURCES]
     flags = [f for f in build.FLAGS if f != "-O3"]  # warnings do not need the time
-    command = [*compiler, *flags, "-O1", "-Wall", "-Wextra", *sources, "-o", str(tmp_path / "x.so")]
+    command = [
+        *compiler,
+        *flags,
+        "-shared",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        *sources,
+        "-o",
+        str(tmp_path / "x.so"),
+    ]
     result = subprocess.run([*command, "-lm"], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -15,7 +15,9 @@ from nybble.checkpoint.reader import Checkpoint
 from nybble.errors import ContextTooLong, EngineError, OutOfPages
 from nybble.models.model import Model
 from nybble.models.network import Network
-from nybble.models.state import PagePool, SequenceState, StatePool, make_batch
+from nybble.models.numbers import Numbers
+from nybble.models.sequence import SequenceState
+from nybble.models.state import PagePool, StatePool, make_batch
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
@@ -38,34 +40,46 @@ ACTIONS = st.lists(st.one_of(st.integers(0, 4), st.just("release")), max_size=30
 @settings(max_examples=50, deadline=None)
 @given(ACTIONS)
 def test_pages_are_conserved(actions: list[Any]) -> None:
-    pool = PagePool.__new__(PagePool)
-    pool.free, pool.taken, pool.pages, pool.page_tokens = list(range(9)), set(), 9, 16
+    pool = Numbers(9, "pages")
     held: list[list[int]] = []
     for action in actions:
         if action == "release":
             if held:
                 pool.give_back(held.pop(0))
-        elif action > len(pool.free):
+        elif action > pool.free:
             with pytest.raises(OutOfPages):
                 pool.take(action)
         else:
             held.append(pool.take(action))
         owned = [p for pages in held for p in pages]
-        assert sorted([*owned, *pool.free]) == list(range(9))
+        assert len(set(owned)) == len(owned) == 9 - pool.free
+        assert set(owned) <= set(range(9))
+        pool.check()
 
 
 def test_what_was_not_taken_cannot_be_given_back(network: Network) -> None:
     pages, slots = PagePool(network, [1], 3, 8), StatePool(network, [0, 2], 2)
-    taken = pages.take(2)
-    pages.give_back(taken[:1])
-    for page in (taken[0], 7):
+    taken = pages.numbers.take(2)
+    pages.numbers.give_back(taken[:1])
+    for wrong in ([taken[0]], [7], [taken[1], taken[1]]):
         with pytest.raises(EngineError):
-            pages.give_back([page])
+            pages.numbers.give_back(wrong)
     with pytest.raises(EngineError):
-        slots.give_back(0)
-    assert {slots.take(), slots.take()} == {0, 1}
+        slots.numbers.give_back([0])
+    assert set(slots.numbers.take(2)) == {0, 1}
     with pytest.raises(OutOfPages):
-        slots.take()
+        slots.numbers.take()
+
+
+def test_a_lost_number_is_noticed() -> None:
+    pool = Numbers(3, "pages")
+    pool.take(2)
+    pool._taken.pop()
+    with pytest.raises(EngineError, match="lost"):
+        pool.check()
+    pool._free.append(pool._free[0])
+    with pytest.raises(EngineError, match="twice"):
+        pool.check()
 
 
 def test_pools_hold_the_layers_that_need_them(network: Network) -> None:

@@ -17,7 +17,8 @@ from nybble.errors import CheckpointError, DoesNotFit, EngineError, TextError
 from nybble.kernels.compute import Compute
 from nybble.models.linear import Mode
 from nybble.models.model import Model
-from nybble.models.state import SequenceState, make_batch
+from nybble.models.sequence import SequenceState
+from nybble.models.state import make_batch
 from nybble.stream.executor import Stream
 from nybble.stream.memory import plan_stream
 
@@ -38,7 +39,7 @@ def windows() -> list[torch.Tensor]:
 
 def whole(model: Model, window: torch.Tensor) -> torch.Tensor:
     pages, states = model.page_pool(1, len(window)), model.state_pool(1)
-    held = SequenceState(pages.take(1), slots=[states.take()])
+    held = SequenceState(pages.numbers.take(), slots=states.numbers.take())
     return model.forward(make_batch(model.network, [window], [held]), pages, states, MODE)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import importlib.util
 import logging
@@ -19,6 +20,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +35,7 @@ FOLDER = Path(__file__).parent
 SOURCES = tuple(sorted(p.relative_to(FOLDER).as_posix() for p in FOLDER.rglob("*.c")))
 # Contraction would round products twice on some machines and once on others; codes must not depend
 # on that. GCC's two keep it from spilling the candidates of the scale search (5 % of its speed).
-FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-pthread")
 # zig compiles for the very machine it runs on unless told otherwise; the instruction sets that
 # are used are named at each kernel.
 ZIG_FLAGS = ("-mcpu=baseline",)
@@ -85,26 +89,53 @@ def compile_library(compiler: list[str], target: Path) -> None:
     Raises OSError if the folder cannot be written, CalledProcessError if the compiler fails.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
-        out = Path(folder) / target.name
-        sources = [str(FOLDER / s) for s in SOURCES]
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as name:
+        folder = Path(name)
+        out = folder / target.name
         is_zig = "ziglang" in compiler
         environment = dict(os.environ)
         if is_zig:  # zig keeps a cache of its own, by default in the home folder
-            environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path(folder) / "zig"))
-            environment.setdefault("ZIG_LOCAL_CACHE_DIR", str(Path(folder) / "zig"))
+            environment.setdefault("ZIG_GLOBAL_CACHE_DIR", str(folder / "zig"))
+            environment.setdefault("ZIG_LOCAL_CACHE_DIR", str(folder / "zig"))
         extra = ZIG_FLAGS if is_zig else GCC_FLAGS
         for flags in (extra, ()):
-            command = [*compiler, *FLAGS, *flags, *sources, "-o", str(out), "-lm"]
-            result = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if result.returncode == 0:
+            try:
+                _compile([*compiler, *FLAGS, *flags], folder, out, environment)
                 break
-            if not flags:
-                raise subprocess.CalledProcessError(
-                    result.returncode, command, result.stdout, result.stderr
-                )
+            except subprocess.CalledProcessError:
+                if not flags:
+                    raise
         out.chmod(0o755)  # a group-writable one, as umask 002 makes it, would not be ours next time
         os.replace(out, target)
+
+
+def _compile(command: list[str], folder: Path, out: Path, environment: dict[str, str]) -> None:
+    """Compile the sources, several at a time, and link them."""
+
+    def compile_one(source: str) -> str:
+        made = str(folder / f"{source.replace('/', '-')}.o")
+        _run([*command, "-c", str(FOLDER / source), "-o", made], environment)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    _run([*command, "-shared", *objects, "-o", str(out), "-lm"], environment)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time compiles into a folder; the others wait for what it makes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def build(force: bool = False) -> tuple[Path | None, str]:
@@ -128,7 +159,9 @@ def build(force: bool = False) -> tuple[Path | None, str]:
             try:
                 if target is spare:
                     _make_private(spare.parent)
-                compile_library(compiler, target)
+                with _alone(target.parent):
+                    if force or not _is_ours(target):  # another process may just have made it
+                        compile_library(compiler, target)
             except OSError as error:
                 problems.append(f"cannot write {target.parent}: {error.strerror}")
                 continue

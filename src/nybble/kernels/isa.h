@@ -5,7 +5,7 @@
 enum {
   NYB_ISA_PORTABLE = 0,
   NYB_ISA_AVX2 = 1,       /* with FMA */
-  NYB_ISA_AVX512 = 2,     /* F, BW, VL, DQ */
+  NYB_ISA_AVX512 = 2,     /* F, BW, VL, DQ and VNNI */
   NYB_ISA_AVX512BF16 = 3, /* and the BF16 dot product */
 };
 

@@ -11,19 +11,25 @@
 #endif
 
 #define MAX_WORKERS 255
-#define SPIN 2000 /* about 20 us: longer than the gap between the tiles of one tensor, shorter than a time slice */
+#define SPIN 2000 /* 20 to 100 us: longer than the gap between the calls of a step, shorter than a time slice */
 
+/* A job belongs to a ticket. Who takes an index of it does so by one exchange on `next`, which holds the ticket too: a
+ * worker that comes late, having read what a job was, cannot take part in another. So the caller waits for the work, not
+ * for the workers: one that has lost its core to somebody else costs nothing but the index it is at. */
 static struct {
   pthread_mutex_t callers; /* one job at a time */
   int workers;
-  nyb_task task;
-  void *context;
-  int64_t count;
-  int wanted;              /* workers that take part in this job */
-  _Atomic int64_t next;    /* the next index to take */
-  _Atomic uint32_t running; /* workers that have not finished this job */
-  _Atomic uint32_t ticket; /* changes when a job starts: what sleeping workers wait for */
-  uint32_t born[MAX_WORKERS]; /* the ticket when a worker was made: that job was not meant for it */
+  _Atomic(nyb_task) task;
+  _Atomic(void *) context;
+  _Atomic uint32_t count;
+  _Atomic int wanted;      /* workers that may take part in this job */
+  _Atomic int asleep;      /* workers that may wait for a ticket: nobody is woken where nobody sleeps */
+  _Atomic int waiting;     /* whether the caller may wait for what is not done */
+  uint32_t born[MAX_WORKERS]; /* the ticket when a worker was made */
+  /* Each on a line of its own: who spins on one is not disturbed by who writes another. */
+  _Alignas(64) _Atomic uint64_t next;   /* the ticket, and the next index to take */
+  _Alignas(64) _Atomic uint32_t done;   /* indices of this job that are finished */
+  _Alignas(64) _Atomic uint32_t ticket; /* changes when a job starts: what sleeping workers wait for */
 } pool = {.callers = PTHREAD_MUTEX_INITIALIZER};
 
 static void relax(void) {
@@ -55,11 +61,18 @@ static void wake_all(_Atomic uint32_t *word) {
 }
 #endif
 
-static void take(void) {
-  for (;;) {
-    int64_t i = atomic_fetch_add_explicit(&pool.next, 1, memory_order_relaxed);
-    if (i >= pool.count) return;
-    pool.task(pool.context, i);
+/* Work on the job of a ticket, as its worker `id` (-1: its caller), until nothing of it is left to take. */
+static void take(uint32_t ticket, int id) {
+  nyb_task task = atomic_load_explicit(&pool.task, memory_order_acquire);
+  void *context = atomic_load_explicit(&pool.context, memory_order_acquire);
+  const uint32_t count = atomic_load_explicit(&pool.count, memory_order_acquire);
+  if (id >= atomic_load_explicit(&pool.wanted, memory_order_acquire)) return;
+  uint64_t at = atomic_load(&pool.next);
+  while (at >> 32 == ticket && (uint32_t)at < count) {
+    if (!atomic_compare_exchange_weak(&pool.next, &at, at + 1)) continue;
+    task(context, (int64_t)(uint32_t)at);
+    if (atomic_fetch_add(&pool.done, 1) + 1 == count && id >= 0 && atomic_load(&pool.waiting)) wake_all(&pool.done);
+    at = atomic_load(&pool.next);
   }
 }
 
@@ -68,12 +81,16 @@ static void *worker(void *argument) {
   uint32_t seen = pool.born[id];
   for (;;) {
     for (int spin = 0; atomic_load(&pool.ticket) == seen; spin++) {
-      if (spin < SPIN) relax();
-      else wait_while(&pool.ticket, seen);
+      if (spin < SPIN) {
+        relax();
+        continue;
+      }
+      atomic_fetch_add(&pool.asleep, 1); /* before the word is looked at again, by the system */
+      wait_while(&pool.ticket, seen);
+      atomic_fetch_sub(&pool.asleep, 1);
     }
     seen = atomic_load(&pool.ticket);
-    if (id < pool.wanted) take();
-    if (atomic_fetch_sub(&pool.running, 1) == 1) wake_all(&pool.running);
+    take(seen, id);
   }
   return NULL;
 }
@@ -82,6 +99,8 @@ static void *worker(void *argument) {
 static void after_fork(void) {
   pool.callers = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
   pool.workers = 0;
+  atomic_store(&pool.asleep, 0);
+  atomic_store(&pool.waiting, 0);
 #ifndef __linux__
   sleep_lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
 #endif
@@ -103,7 +122,7 @@ static void grow(int wanted) {
 }
 
 void nyb_parallel(nyb_task task, void *context, int64_t count, int threads) {
-  if (threads <= 1 || count <= 1) {
+  if (threads <= 1 || count <= 1 || count > UINT32_MAX) {
     for (int64_t i = 0; i < count; i++) task(context, i);
     return;
   }
@@ -111,21 +130,27 @@ void nyb_parallel(nyb_task task, void *context, int64_t count, int threads) {
   pthread_once(&once, watch_forks);
   pthread_mutex_lock(&pool.callers);
   grow(threads - 1);
-  pool.task = task;
-  pool.context = context;
-  pool.count = count;
-  pool.wanted = threads - 1;
-  atomic_store(&pool.next, 0);
-  atomic_store(&pool.running, pool.workers);
-  atomic_fetch_add(&pool.ticket, 1);
-  wake_all(&pool.ticket);
-  take();
-  /* A worker may have lost its core to somebody else, the thread that writes files for one: sleep, so that it can have
-   * this one. Spinning here cost half as much again as the work. */
-  uint32_t left;
-  for (int spin = 0; (left = atomic_load(&pool.running)) > 0; spin++) {
-    if (spin < SPIN) relax();
-    else wait_while(&pool.running, left);
+  const uint32_t ticket = atomic_load(&pool.ticket) + 1;
+  atomic_store(&pool.next, (uint64_t)ticket << 32 | UINT32_MAX); /* nothing to take while the job is written */
+  atomic_store_explicit(&pool.task, task, memory_order_release);
+  atomic_store_explicit(&pool.context, context, memory_order_release);
+  atomic_store_explicit(&pool.count, (uint32_t)count, memory_order_release);
+  atomic_store_explicit(&pool.wanted, threads - 1, memory_order_release);
+  atomic_store(&pool.done, 0);
+  atomic_store(&pool.next, (uint64_t)ticket << 32);
+  atomic_store(&pool.ticket, ticket);
+  if (atomic_load(&pool.asleep)) wake_all(&pool.ticket);
+  take(ticket, -1);
+  /* A worker may have lost its core in the midst of an index: sleep, so that it can have this one. */
+  uint32_t done;
+  for (int spin = 0; (done = atomic_load(&pool.done)) < (uint32_t)count; spin++) {
+    if (spin < SPIN) {
+      relax();
+      continue;
+    }
+    atomic_store(&pool.waiting, 1);
+    wait_while(&pool.done, done);
+    atomic_store(&pool.waiting, 0);
   }
   pthread_mutex_unlock(&pool.callers);
 }

@@ -24,3 +24,16 @@ def check_tensor(
             f"{operation}: {name} must be contiguous {dtype} {list(shape)} in main memory, found "
             f"{before}{tensor.dtype} {list(tensor.shape)}{after}, on {tensor.device}"
         )
+
+
+def check_rows(tensor: Tensor, operation: str, name: str, shape: tuple[int, ...]) -> None:
+    """Raise EngineError, naming operation and argument, unless the tensor is float32 of this shape,
+    [T, H] or [T, heads, H], in main memory, with contiguous rows; rows may lie apart."""
+    is_right = tensor.dtype == torch.float32 and tuple(tensor.shape) == shape
+    is_dense = tensor.ndim > 0 and (tensor.shape[-1] <= 1 or tensor.stride(-1) == 1)
+    if not (is_right and is_dense and tensor.ndim <= 3 and tensor.is_cpu):
+        raise EngineError(
+            f"{operation}: {name} must be float32 {list(shape)} in main memory with contiguous "
+            f"rows, found {tensor.dtype} {list(tensor.shape)}, strides {list(tensor.stride())}, on "
+            f"{tensor.device}"
+        )

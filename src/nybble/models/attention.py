@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from nybble.kernels import paged_attention
@@ -34,32 +33,30 @@ class Attention:
     def __call__(self, x: Tensor, batch: Batch, cache: Pages, mode: Mode) -> Tensor:
         """x float32 [T, H] -> float32 [T, H]; appends keys and values to the pages."""
         dims, compute = self.network.dims, mode.compute
-        tokens = len(x)
-        gated = 2 if dims.attention_gate else 1
-        rows = [dims.heads * dims.head_dim * gated, *(2 * [dims.kv_heads * dims.head_dim])]
-        query, key, value = torch.split(self.qkv(x, mode), rows, dim=-1)
-        query = query.reshape(tokens, dims.heads, gated * dims.head_dim)
-        gate = query[..., dims.head_dim :].contiguous() if gated == 2 else None
-        query = query[..., : dims.head_dim].contiguous()
-        key = key.reshape(tokens, dims.kv_heads, dims.head_dim).contiguous()
-        value = value.reshape(tokens, dims.kv_heads, dims.head_dim).contiguous()
+        query, gate, key, value = self._split(self.qkv(x, mode))
         if self.query_norm is not None and self.key_norm is not None:
             offset, eps = self.network.architecture.norm_offset, self.network.eps
             query = rms_norm(query, self.query_norm, eps, offset=offset, compute=compute)
             key = rms_norm(key, self.key_norm, eps, offset=offset, compute=compute)
         rotary(query, batch.cos, batch.sin, compute)
         rotary(key, batch.cos, batch.sin, compute)
-        paged_attention.write(key, value, cache, batch.table, batch.starts, batch.lengths)
+        place = (batch.table, batch.starts, batch.lengths)
+        paged_attention.write(key, value, cache, *place, compute)
         mixed = paged_attention.attention(
-            query,
-            cache,
-            batch.table,
-            batch.starts,
-            batch.lengths,
-            scale=dims.head_dim**-0.5,
-            window=self.window,
-            compute=compute,
+            query, cache, *place, scale=dims.head_dim**-0.5, window=self.window, compute=compute
         )
         if gate is not None:
             mixed = sigmoid_mul(mixed, gate, compute)
-        return self.output(mixed.reshape(tokens, -1), mode)
+        return self.output(mixed.view(len(x), -1), mode)
+
+    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Query, gate, key and value, [T, heads, D] each: views of the matmul's output."""
+        dims, tokens = self.network.dims, len(mixed)
+        width, keys = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+        if dims.attention_gate:
+            width *= 2
+        query = mixed[:, :width].view(tokens, dims.heads, -1)
+        gate = query[..., dims.head_dim :] if dims.attention_gate else None
+        key = mixed[:, width : width + keys].view(tokens, dims.kv_heads, -1)
+        value = mixed[:, width + keys :].view(tokens, dims.kv_heads, -1)
+        return query[..., : dims.head_dim], gate, key, value

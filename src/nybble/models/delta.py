@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from nybble.kernels.elementwise import gated_rms_norm
@@ -36,14 +35,10 @@ class GatedDelta:
         """x float32 [T, H] -> float32 [T, H]; moves the states of the batch's slots on."""
         dims, compute = self.network.dims, mode.compute
         heads, channels = dims.linear_value_heads, len(self.conv)
-        mixed = self.qkvz(x, mode)
-        gate = mixed[:, channels:].contiguous()
-        b, a = torch.split(self.ba(x, mode, is_exact=True), heads, dim=-1)
-        g, beta = decay(a.contiguous(), b.contiguous(), self.a_log, self.dt_bias)
+        qkvz, ba = self.qkvz(x, mode), self.ba(x, mode, is_exact=True)
+        g, beta = decay(ba[:, heads:], ba[:, :heads], self.a_log, self.dt_bias, compute)
         place = (batch.starts, batch.lengths, batch.slots)
-        mixed = causal_conv(
-            mixed[:, :channels].contiguous(), self.conv, cache.conv, *place, compute
-        )
+        mixed = causal_conv(qkvz[:, :channels], self.conv, cache.conv, *place, compute)
         found = gated_delta(
             mixed,
             g,
@@ -54,15 +49,15 @@ class GatedDelta:
             value_heads=heads,
             key_dim=dims.linear_key_dim,
             value_dim=dims.linear_value_dim,
-            is_recurrent=batch.is_decode,
+            recurrent=batch.recurrent,
             compute=compute,
         )
         found = gated_rms_norm(
             found,
-            gate.reshape(found.shape),
+            qkvz[:, channels:],
             self.norm,
             self.network.eps,
             activation=self.network.gate_activation,  # type: ignore[arg-type]
             compute=compute,
         )
-        return self.output(found.reshape(len(x), -1), mode)
+        return self.output(found.view(len(x), -1), mode)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nybble.errors import EngineError
-from nybble.kernels.elementwise import rms_norm
+from nybble.kernels.elementwise import add, add_norm, rms_norm
 from nybble.kernels.paged_attention import Pages
 from nybble.models.attention import Attention
 from nybble.models.delta import GatedDelta
@@ -31,23 +31,30 @@ class Layer:
 
     def __call__(self, x: Tensor, batch: Batch, cache: Cache, mode: Mode) -> Tensor:
         """x float32 [T, H] -> float32 [T, H]. Raises EngineError, naming the place, for NaN."""
-        hidden = self._norm(x, self.input_norm, mode)
+        offset, eps = self.network.architecture.norm_offset, self.network.eps
+        compute = mode.compute
+        hidden = rms_norm(x, self.input_norm, eps, offset=offset, compute=compute)
         if isinstance(self.mixer, Attention):
             assert isinstance(cache, Pages)
             mixed = self.mixer(hidden, batch, cache, mode)
         else:
             assert not isinstance(cache, Pages)
             mixed = self.mixer(hidden, batch, cache, mode)
-        x = x + self._checked(mixed, "mixer")
-        fed = self.feed_forward(self._norm(x, self.post_norm, mode), mode)
-        return x + self._checked(fed, "feed-forward")
+        del hidden  # so that a program has its memory back
+        self._check(mixed, "mixer", mode)
+        x, hidden = add_norm(x, mixed, self.post_norm, eps, offset=offset, compute=compute)
+        fed = self.feed_forward(hidden, mode)
+        self._check(fed, "feed-forward", mode)
+        return add(x, fed, compute)
 
-    def _norm(self, x: Tensor, weight: Tensor, mode: Mode) -> Tensor:
-        offset = self.network.architecture.norm_offset
-        return rms_norm(x, weight, self.network.eps, offset=offset, compute=mode.compute)
+    def _check(self, x: Tensor, what: str, mode: Mode) -> None:
+        """The sum of finite numbers of this size is finite, so one pass tells.
 
-    def _checked(self, x: Tensor, what: str) -> Tensor:
-        """The sum of finite numbers of this size is finite, so one pass tells."""
+        While a program records there is nothing to look at: in its replays NaN goes on through norm
+        and residual to the logits, where it is found.
+        """
+        if mode.compute.program is not None:
+            return
         if not math.isfinite(float(x.sum())):
             bad = x.isfinite().logical_not().any(-1).nonzero().reshape(-1)
             if len(bad):
@@ -56,4 +63,3 @@ class Layer:
                     f"{len(x)} tokens, the first at row {int(bad[0])} of the batch: a weight or "
                     "scale of this layer is damaged; `nybble inspect` and `nybble diff` show more"
                 )
-        return x

@@ -46,7 +46,7 @@ class Mode:
     @property
     def exact(self) -> Compute:
         """The same threads, nothing rounded."""
-        return Compute(EXACT, self.compute.threads)
+        return Compute(EXACT, self.compute.threads, self.compute.program)
 
 
 @dataclass(frozen=True, slots=True)

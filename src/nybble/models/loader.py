@@ -220,6 +220,40 @@ class Weights:
         found = self._multiplier(self.module(name), *INPUT_SCALES)
         return None if found is None else float(found)
 
+    def kv_scales(self, layer: int) -> tuple[float, float]:
+        """The scales of a layer's keys and values in FP8 pages, 1.0 where the checkpoint has none;
+        layer -1 is the MTP head's. Raises ModelError for scales that cannot be meant."""
+        base = f"{self._mtp_base}layers.0." if layer < 0 else f"{self.prefix}layers.{layer}."
+        key, value = (
+            self._kv_scale(
+                f"{base}self_attn.{kind}_proj.{kind}_scale", f"{base}self_attn.{kind}_scale"
+            )
+            for kind in "kv"
+        )
+        if (key is None) != (value is None):
+            raise ModelError(
+                f"{self.checkpoint.path}: {base}self_attn has a scale for its "
+                f"{'values' if key is None else 'keys'} in the KV cache and none for the other; "
+                "an earlier tool lost it"
+            )
+        return key or 1.0, value or 1.0
+
+    def _kv_scale(self, *names: str) -> float | None:
+        """The one of these tensors that the checkpoint has: ModelOpt's, compressed-tensors'."""
+        name = next((n for n in names if n in self.checkpoint.tensors), None)
+        if name is None:
+            return None
+        value = float(self.vector(name, ()))
+        if not 0 < value < float("inf"):
+            raise ModelError(
+                f"{self.checkpoint.path}: {name} is {value}, expected a positive finite scale"
+            )
+        return value
+
+    @property
+    def _mtp_base(self) -> str:
+        return "model.mtp." if "model.mtp.fc.weight" in self.checkpoint.tensors else "mtp."
+
     # ------------------------------------------------------------------------------- the parts
 
     def linear(self, names: Sequence[str], rows: Sequence[int], k: int) -> Linear:
@@ -418,7 +452,7 @@ class Weights:
             return None
         if d.mtp_layers > 1:
             raise ModelError(f"config.json: {d.mtp_layers} MTP layers; one is implemented")
-        base = "model.mtp." if "model.mtp.fc.weight" in self.checkpoint.tensors else "mtp."
+        base = self._mtp_base
         names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
         embedding, hidden, final = (self.vector(f"{base}{n}.weight", (d.hidden,)) for n in names)
         layer = f"{base}layers.0."

@@ -6,16 +6,17 @@ asked for; an engine keeps them, a stream lets each go.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import cached_property
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nybble.checkpoint.reader import Checkpoint
 from nybble.errors import EngineError
-from nybble.kernels.elementwise import rms_norm
+from nybble.kernels.elementwise import look_up, rms_norm
 from nybble.models.layer import Layer
 from nybble.models.linear import Linear, Mode
 from nybble.models.loader import Weights
@@ -35,6 +36,11 @@ class Model:
         """Raises ModelError for a model that nybble does not know or cannot compute."""
         self.weights = Weights(checkpoint)
         self.network: Network = self.weights.network
+
+    def prepare(self) -> None:
+        """Make every part now; otherwise each is made when it is first asked for."""
+        for part in ("embedding", "layers", "final_norm", "head"):
+            getattr(self, part)
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -56,16 +62,22 @@ class Model:
         """The norm after the last layer."""
         return self.weights.final_norm()
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """int64 [T] -> float32 [T, H]."""
-        rows = self.weights.embedding()[tokens.numpy()].astype(np.float32)
-        if not np.isfinite(rows.sum()) and not np.isfinite(rows).all():
-            bad = int(tokens[int(np.flatnonzero(~np.isfinite(rows).all(-1))[0])])
-            raise EngineError(
-                f"{self.weights.prefix}embed_tokens.weight: the row of token {bad} is NaN or "
-                "infinite; the checkpoint is damaged"
-            )
-        return torch.from_numpy(rows)
+    @cached_property
+    def embedding(self) -> NDArray[np.generic]:
+        """The token embedding [V, H], a view of the file."""
+        return self.weights.embedding()
+
+    def embed(self, tokens: Tensor, mode: Mode) -> Tensor:
+        """int64 [T] -> float32 [T, H]. Raises EngineError, naming the token, for NaN."""
+        rows = look_up(self.embedding, tokens, mode.compute)
+        if mode.compute.program is None and not math.isfinite(float(rows.sum())):
+            bad = rows.isfinite().logical_not().any(-1).nonzero().reshape(-1)
+            if len(bad):
+                raise EngineError(
+                    f"{self.weights.prefix}embed_tokens.weight: the row of token "
+                    f"{int(tokens[bad[0]])} is NaN or infinite; the checkpoint is damaged"
+                )
+        return rows
 
     def explained(self, number: int, error: EngineError) -> EngineError:
         """The error of a layer, with the tensor that is to blame where one holds NaN itself."""
@@ -82,7 +94,7 @@ class Model:
     def forward(self, batch: Batch, pages: PagePool, states: StatePool, mode: Mode) -> Tensor:
         """The final normed hidden states, float32 [T, H], of all tokens of the batch."""
         with torch_alone():
-            hidden = self.embed(batch.tokens)
+            hidden = self.embed(batch.tokens, mode)
             for i, layer in enumerate(self.layers):
                 cache = states.layers[i] if self.network.is_linear(i) else pages.layers[i]
                 try:
@@ -98,11 +110,12 @@ class Model:
     def page_pool(
         self, pages: int, page_tokens: int, dtype: str = "bf16", *, has_mtp: bool = False
     ) -> PagePool:
-        """Pages for all attention layers, and the MTP layer where asked for."""
+        """Pages for all attention layers, and the MTP layer where asked for; FP8 ones with the
+        scales that the checkpoint has."""
         layers = [i for i in range(self.network.dims.layers) if not self.network.is_linear(i)]
-        return PagePool(
-            self.network, [*layers, *([MTP_LAYER] if has_mtp else [])], pages, page_tokens, dtype
-        )
+        layers += [MTP_LAYER] if has_mtp else []
+        scales = {i: self.weights.kv_scales(i) for i in layers} if dtype == "fp8" else None
+        return PagePool(self.network, layers, pages, page_tokens, dtype, scales)
 
     def state_pool(self, slots: int) -> StatePool:
         """Slots for all gated DeltaNet layers."""

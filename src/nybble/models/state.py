@@ -1,4 +1,4 @@
-"""The state of sequences: pools of pages and slots, and the one object a sequence holds of them.
+"""The memory of sequences: pools of pages and slots, and the batch that a forward is given.
 
 A page holds the keys and values of `page_tokens` positions, a slot one recurrent state (gated
 DeltaNet and convolution). Pools own tensors; a `SequenceState` holds numbers into them, and one
@@ -7,17 +7,19 @@ DeltaNet and convolution). Pools own tensors; a `SequenceState` holds numbers in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nybble.errors import ContextTooLong, EngineError, OutOfPages
+from nybble.errors import ContextTooLong, EngineError
 from nybble.kernels.paged_attention import Pages
 from nybble.models.network import Network
+from nybble.models.numbers import Numbers
+from nybble.models.sequence import SequenceState
 
-PAGE_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+PAGE_DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,39 +47,38 @@ class PagePool:
         pages: int,
         page_tokens: int,
         dtype: str = "bf16",
+        scales: Mapping[int, tuple[float, float]] | None = None,
     ) -> None:
-        dims = network.dims
+        """`dtype` is "bf16", "f32" or "fp8"; `scales` are those of the keys and values of layers,
+        for FP8 pages, 1.0 where there are none. Raises EngineError for another dtype."""
+        if dtype not in PAGE_DTYPES:
+            raise EngineError(f"pages of {dtype!r}; choose {', '.join(PAGE_DTYPES)}")
+        dims, held = network.dims, PAGE_DTYPES[dtype]
         shape = (pages, dims.kv_heads, page_tokens, dims.head_dim)
+        clipped = torch.zeros(1, dtype=torch.int64) if dtype == "fp8" else None
+        given = scales if scales is not None and dtype == "fp8" else {}
         self.page_tokens = page_tokens
         self.layers: dict[int, Pages] = {
             layer: Pages(
-                torch.empty(shape, dtype=PAGE_DTYPES[dtype]),
-                torch.empty(shape, dtype=PAGE_DTYPES[dtype]),
+                torch.empty(shape, dtype=held),
+                torch.empty(shape, dtype=held),
+                *given.get(layer, (1.0, 1.0)),
+                clipped=clipped,
             )
             for layer in layers
         }
-        self.free = list(range(pages - 1, -1, -1))
-        self.taken: set[int] = set()
-        self.pages = pages
+        self.numbers = Numbers(pages, f"pages of {page_tokens} tokens")
+        self._clipped = clipped
 
-    def take(self, count: int) -> list[int]:
-        """Page numbers for the caller alone. Raises OutOfPages."""
-        if count > len(self.free):
-            raise OutOfPages(
-                f"{count} pages of {self.page_tokens} tokens were asked for, {len(self.free)} of "
-                f"{self.pages} are free; shorten the prompts or make the pool larger"
-            )
-        found = [self.free.pop() for _ in range(count)]
-        self.taken.update(found)
-        return found
+    @property
+    def nbytes(self) -> int:
+        """The memory of all pages."""
+        return sum(p.keys.nbytes + p.values.nbytes for p in self.layers.values())
 
-    def give_back(self, pages: Sequence[int]) -> None:
-        """Free pages. Raises EngineError for one that is free already or none of the pool's."""
-        for page in pages:
-            if page not in self.taken:
-                raise EngineError(f"page {page} is given back and was not taken")
-            self.taken.remove(page)
-            self.free.append(page)
+    @property
+    def clipped(self) -> int:
+        """How many numbers were beyond the range of FP8 since the pool was made."""
+        return 0 if self._clipped is None else int(self._clipped)
 
 
 class StatePool:
@@ -94,51 +95,12 @@ class StatePool:
             )
             for layer in layers
         }
-        self.free = list(range(slots - 1, -1, -1))
-        self.slots = slots
+        self.numbers = Numbers(slots, "recurrent states")
 
-    def take(self) -> int:
-        """A slot for the caller alone. Raises OutOfPages."""
-        if not self.free:
-            raise OutOfPages(f"all {self.slots} recurrent states are in use")
-        return self.free.pop()
-
-    def give_back(self, slot: int) -> None:
-        """Free a slot. Raises EngineError for one that is free already or none of the pool's."""
-        if slot in self.free or not 0 <= slot < self.slots:
-            raise EngineError(f"slot {slot} is given back and was not taken")
-        self.free.append(slot)
-
-
-@dataclass(slots=True)
-class SequenceState:
-    """Everything a sequence is, beside its tokens. Changed by `commit` alone.
-
-    `pages` and `mtp_pages` are page numbers, of the trunk and of the MTP head; `slots` the
-    recurrent states, one and one for each draft, of which `slots[slot]` holds the state after
-    `length` tokens; `last_hidden` the final normed hidden state at the last token, float32 [H];
-    `draws` counts random draws; `offset` is what images add to positions.
-    """
-
-    pages: list[int]
-    slots: list[int] = field(default_factory=lambda: [0])
-    mtp_pages: list[int] = field(default_factory=list)
-    length: int = 0
-    mtp_length: int = 0
-    slot: int = 0
-    last_hidden: Tensor | None = None
-    drafts: list[int] = field(default_factory=list)
-    grammar: object | None = None
-    draws: int = 0
-    offset: int = 0
-
-    def commit(self, tokens: int, last_hidden: Tensor | None = None, slot: int = 0) -> None:
-        """Take `tokens` more tokens for computed: their pages are written, their state lies in
-        `slots[slot]`."""
-        self.length += tokens
-        self.slot = slot
-        self.last_hidden = last_hidden
-        self.drafts = []
+    @property
+    def nbytes(self) -> int:
+        """The memory of all slots."""
+        return sum(s.conv.nbytes + s.state.nbytes for s in self.layers.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +109,8 @@ class Batch:
 
     tokens  int64 [T]; `starts` int32 [B + 1] where each sequence begins; `lengths` int32 [B] the
     tokens each had before; `table` int32 [B, P] page numbers, -1 beyond; `slots` int32 [B]; `cos`
-    and `sin` float32 [T, R / 2]. `is_decode`: recurrent kernels, token by token, else chunks of 64.
+    and `sin` float32 [T, R / 2]. `recurrent` int32 [B]: 1 where a sequence's tokens go through the
+    recurrent kernels, one by one, 0 where they go in chunks of 64.
     """
 
     tokens: Tensor
@@ -157,7 +120,7 @@ class Batch:
     slots: Tensor
     cos: Tensor
     sin: Tensor
-    is_decode: bool
+    recurrent: Tensor
 
 
 def make_batch(
@@ -208,5 +171,5 @@ def make_batch(
         torch.tensor([s.slots[s.slot] for s in states], dtype=torch.int32),
         cos,
         sin,
-        is_decode,
+        torch.full((len(states),), int(is_decode), dtype=torch.int32),
     )

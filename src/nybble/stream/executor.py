@@ -18,11 +18,11 @@ from nybble.errors import EngineError, TextError
 from nybble.kernels.dispatch import choose
 from nybble.models.linear import Mode
 from nybble.models.model import Model
+from nybble.models.sequence import SequenceState
 from nybble.models.state import (
     Batch,
     Cache,
     PagePool,
-    SequenceState,
     StatePool,
     make_batch,
 )
@@ -77,7 +77,7 @@ class Stream:
         self.hidden = hidden
         if hidden.done < 0:
             for i, window in enumerate(self.windows):
-                hidden.write(self.starts[i], self.model.embed(window))
+                hidden.write(self.starts[i], self.model.embed(window, self.mode))
             hidden.complete(0)
         layers = self.model.network.dims.layers
         self.progress.stage(self.title, self.plan.tokens * layers, unit="token layers")

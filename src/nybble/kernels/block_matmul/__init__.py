@@ -73,8 +73,9 @@ def prepare(
 def matmul(x: Tensor, weight: Prepared, compute: Compute) -> Tensor:
     """x [M, K], float32 or bfloat16 with contiguous rows -> float32 [M, N], contiguous.
 
-    With precision "bf16", x is rounded to BF16; weights and sums are not. A NaN or infinity in x
-    shows in its row. Raises FormatError for another shape, dtype or device.
+    Precision "bf16" rounds x to BF16, "int8" to INT8 with a scale per 16 elements of K where the
+    weight is NVFP4 or MXFP4 (to BF16 elsewhere); weights and sums are not rounded. NaN or infinity
+    in x shows in its row. Raises FormatError for another shape, dtype or device.
     """
     check_input(x, weight.k, weight.name)
     choice = dispatch.choose()

@@ -139,8 +139,8 @@ FN void decode_float(const int is_half, const uint8_t *codes, int64_t from, int6
     const uint8_t *codes = s->codes + row * s->row_bytes;                                                              \
     to = from + (to - from + 63) / 64 * 64;                                                                            \
     switch (s->format) {                                                                                               \
-      case NYB_WEIGHT_NVFP4: decode_as(NYB_WEIGHT_NVFP4, is_bf16, s, row, from, to, k, out); break;                    \
-      case NYB_WEIGHT_MXFP4: decode_as(NYB_WEIGHT_MXFP4, is_bf16, s, row, from, to, k, out); break;                    \
+      case NYB_WEIGHT_NVFP4: decode_as(NYB_WEIGHT_NVFP4, 0, s, row, from, to, k, out); break; /* floats alone */       \
+      case NYB_WEIGHT_MXFP4: decode_as(NYB_WEIGHT_MXFP4, 0, s, row, from, to, k, out); break;                          \
       case NYB_WEIGHT_BF16: decode_as(NYB_WEIGHT_BF16, is_bf16, s, row, from, to, k, out); break;                      \
       case NYB_WEIGHT_F16: decode_float(1, codes, from, to, k, out); break;                                            \
       case NYB_WEIGHT_F32: decode_float(0, codes, from, to, k, out); break;                                            \

@@ -1,10 +1,5 @@
 /* AVX-512: a tile of weight rows times rows of x, four by six sums in registers. Included by avx512.h twice, for BF16
  * and for float operands. */
-#undef NAME
-#undef TARGET
-#undef MAC
-#undef UNROLL
-#undef KERNEL
 #if NYB_BF16
 #define NAME(x) x##_bf16
 #define TARGET WIDE ",avx512bf16"
@@ -147,54 +142,60 @@ FN void few_64(const constants *c, const int format, const int mr, const int is_
 }
 
 /* Four weight rows, decoded in registers, times mr rows of x. Rows past the end repeat the last one. */
-FN void few_rows(const int format, const int mr, const nyb_segment *s, int64_t row, int64_t end, int64_t k,
-                 const char *x, int64_t x_stride, float *y, int64_t n) {
+FN void few_rows(const int format, const int mr, const task *t, int64_t row) {
+  const nyb_segment *s = t->segment;
   const constants c = load_constants();
   const uint8_t *codes[4], *scales[4];
   float scale[4], bias[4];
   __m512 sums[4][6], part[4][6];
   UNROLL for (int j = 0; j < 4; j++) {
-    int64_t r = row + j < end ? row + j : end - 1;
+    int64_t r = row + j < t->end ? row + j : t->end - 1;
     codes[j] = s->codes + r * s->row_bytes;
-    scales[j] = row_scales(s, r, k);
+    scales[j] = row_scales(s, r, t->k);
     scale[j] = row_scale(s, r);
     bias[j] = row_bias(s, r);
     UNROLL for (int i = 0; i < mr; i++) sums[i][j] = part[i][j] = _mm512_setzero_ps();
   }
+  const int width = format == NYB_WEIGHT_BF16 ? 2 : 1;
+  const int64_t row_length = t->k * width, next = 4 * s->row_bytes - row_length;
   int64_t at = 0;
-  for (; at + 64 <= k; at += 64) few_64(&c, format, mr, 0, codes, scales, at, k, x, x_stride, sums, part);
-  if (at < k) few_64(&c, format, mr, 1, codes, scales, at, k, x, x_stride, sums, part);
-  NAME(finish)(mr, 4, sums, scale, bias, end - row < 4 ? (int)(end - row) : 4, y + row, n);
+  for (; at + 64 <= t->k; at += 64) {
+    const int64_t soon = at * width + 2 * AHEAD / width, ahead = soon + (soon < row_length ? 0 : next);
+    UNROLL for (int j = 0; j < 4; j++) {
+      _mm_prefetch((const char *)codes[j] + ahead, _MM_HINT_T0);
+      if (width == 2) _mm_prefetch((const char *)codes[j] + ahead + 64, _MM_HINT_T0);
+    }
+    few_64(&c, format, mr, 0, codes, scales, at, t->k, t->x, t->x_stride, sums, part);
+  }
+  if (at < t->k) few_64(&c, format, mr, 1, codes, scales, at, t->k, t->x, t->x_stride, sums, part);
+  NAME(finish)(mr, 4, sums, scale, bias, t->end - row < 4 ? (int)(t->end - row) : 4, t->y + row, t->n);
 }
 
-#define FEW_OF(format, mr)                                                                                             \
-  for (; row < end; row += 4) few_rows(format, mr, s, row, end, k, x, x_stride, y, n);                                 \
-  return
 #define FEW_ROWS(format)                                                                                               \
-  KERNEL void few_##format(const nyb_segment *s, int64_t row, int64_t end, int64_t k, const char *x,                   \
-                           int64_t x_stride, int64_t rows, float *y, int64_t n) {                                      \
-    if (rows == 1) { FEW_OF(format, 1); }                                                                              \
-    if (rows == 2) { FEW_OF(format, 2); }                                                                              \
-    if (rows == 3) { FEW_OF(format, 3); }                                                                              \
-    FEW_OF(format, 4);                                                                                                 \
+  KERNEL void few_##format(const task *t) {                                                                            \
+    for (int64_t row = t->row; row < t->end; row += 4) switch (t->rows) {                                              \
+        case 1: few_rows(format, 1, t, row); break;                                                                    \
+        case 2: few_rows(format, 2, t, row); break;                                                                    \
+        case 3: few_rows(format, 3, t, row); break;                                                                    \
+        default: few_rows(format, 4, t, row);                                                                          \
+      }                                                                                                                \
   }
-FEW_ROWS(NYB_WEIGHT_NVFP4)
-FEW_ROWS(NYB_WEIGHT_MXFP4)
 FEW_ROWS(NYB_WEIGHT_FP8)
 FEW_ROWS(NYB_WEIGHT_FP8_BLOCK)
 FEW_ROWS(NYB_WEIGHT_BF16)
-#undef FEW_OF
 #undef FEW_ROWS
 
-static void few_avx512(const nyb_segment *s, int64_t row, int64_t end, int64_t k, const char *x, int64_t x_stride,
-                       int64_t rows, float *y, int64_t n) {
-  switch (s->format) {
-    case NYB_WEIGHT_NVFP4: few_NYB_WEIGHT_NVFP4(s, row, end, k, x, x_stride, rows, y, n); break;
-    case NYB_WEIGHT_MXFP4: few_NYB_WEIGHT_MXFP4(s, row, end, k, x, x_stride, rows, y, n); break;
-    case NYB_WEIGHT_FP8_BLOCK: few_NYB_WEIGHT_FP8_BLOCK(s, row, end, k, x, x_stride, rows, y, n); break;
-    case NYB_WEIGHT_BF16: few_NYB_WEIGHT_BF16(s, row, end, k, x, x_stride, rows, y, n); break;
-    default: few_NYB_WEIGHT_FP8(s, row, end, k, x, x_stride, rows, y, n);
+static void few_avx512(const task *t) {
+  switch (t->segment->format) {
+    case NYB_WEIGHT_FP8_BLOCK: few_NYB_WEIGHT_FP8_BLOCK(t); break;
+    case NYB_WEIGHT_BF16: few_NYB_WEIGHT_BF16(t); break;
+    default: few_NYB_WEIGHT_FP8(t);
   }
 }
 #endif
 #undef FN
+#undef NAME
+#undef TARGET
+#undef MAC
+#undef UNROLL
+#undef KERNEL

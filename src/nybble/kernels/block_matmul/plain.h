@@ -1,6 +1,4 @@
 /* Float operands in eight lanes: AVX2 with NYB_AVX2 = 1, portable C with 0. Included by matmul.c for each. */
-#undef NAME
-#undef FN
 #if NYB_AVX2
 #define NAME(x) x##_avx2
 #define FN static __attribute__((target("avx2,fma")))

@@ -1,7 +1,8 @@
 """The definition of a matmul with block-scaled weights, in PyTorch and float32.
 
 y = (x Q^T) * t + b, where Q = code * block scale and t is the tensor scale (of NVFP4) or the scale
-of a tensor or channel (of FP8). Only x is rounded, to BF16, and only if the precision says so.
+of a tensor or channel (of FP8). Only x is rounded, and only as the precision says: to BF16, or for
+four-bit weights to INT8.
 """
 
 from __future__ import annotations
@@ -17,20 +18,41 @@ from nybble.kernels.block_matmul import Prepared
 from nybble.kernels.block_matmul.segments import Weight
 from nybble.kernels.compute import Compute, Precision
 
+#: Of an INT8 block: below, float32 has no room for the scale times that of a block of the weight.
+SMALLEST_SCALE = 2.0**-120
+
 
 def matmul(x: Tensor, weight: Prepared, compute: Compute) -> Tensor:
     """See the package."""
-    rounded = round_input(x, compute.precision)
     parts = []
     for member, bias in zip(weight.weights, weight.biases, strict=True):
-        y = product(rounded, member)
+        y = product(round_input(x, compute.precision, member), member)
         parts.append(y if bias is None else y + torch.from_numpy(bias.copy()))
     return torch.cat(parts, dim=1)
 
 
-def round_input(x: Tensor, precision: Precision) -> Tensor:
-    """x as the kernel multiplies it, float32."""
-    return (x.bfloat16() if precision == "bf16" else x).float()
+def round_input(x: Tensor, precision: Precision, weight: Weight) -> Tensor:
+    """x as the kernel multiplies it with this weight, float32."""
+    if precision == "f32":
+        return x.float()
+    is_packed = isinstance(weight, BlockScaledTensor) and weight.format.is_packed
+    return round_int8(x) if precision == "int8" and is_packed else x.bfloat16().float()
+
+
+def round_int8(x: Tensor) -> Tensor:
+    """x [M, K] rounded to INT8 with a scale for each 16 elements of K: float32 [M, K].
+
+    The scale is the largest magnitude / 127, and a value becomes the nearest integer to its product
+    with 1 / scale, ties to even. A block whose scale is below 2^-120 becomes zeros; one that is not
+    finite becomes NaN.
+    """
+    blocks = x.float().reshape(len(x), x.shape[1] // 16, 16)
+    most = blocks.abs().amax(dim=2, keepdim=True)
+    scale = most / 127
+    is_used = (scale >= SMALLEST_SCALE) & most.isfinite()
+    integers = torch.round(blocks * torch.where(is_used, 1 / scale, 0))
+    rounded = torch.where(is_used, integers * scale, 0)
+    return torch.where(most.isfinite(), rounded, torch.nan).flatten(1)
 
 
 def product(x: Tensor, weight: Weight) -> Tensor:

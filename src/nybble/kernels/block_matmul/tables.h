@@ -12,6 +12,26 @@ static struct {
   float e4m3_float[256];
 } tables;
 
+/* For blocks.h: which of the scale bytes of two rows goes to the top of a lane, [wide][MXFP4]; doubled E2M1 values
+ * raised by 12; and E2M1 as BF16, twice. */
+#define AT(i) (0x00808080u | (uint32_t)(i) << 24)
+static const uint32_t scale_places[2][2][16] = {
+    {{AT(0), AT(1), AT(4), AT(5), AT(2), AT(3), AT(6), AT(7),
+      AT(4), AT(5), AT(8), AT(9), AT(6), AT(7), AT(10), AT(11)},
+     {AT(0), AT(0), AT(2), AT(2), AT(1), AT(1), AT(3), AT(3),
+      AT(2), AT(2), AT(4), AT(4), AT(3), AT(3), AT(5), AT(5)}},
+    {{AT(0), AT(1), AT(8), AT(9), AT(2), AT(3), AT(10), AT(11),
+      AT(4), AT(5), AT(12), AT(13), AT(6), AT(7), AT(14), AT(15)},
+     {AT(0), AT(0), AT(4), AT(4), AT(1), AT(1), AT(5), AT(5),
+      AT(2), AT(2), AT(6), AT(6), AT(3), AT(3), AT(7), AT(7)}}};
+#undef AT
+static _Alignas(16) const uint8_t raised_values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+#define BF16_VALUES                                                                                                    \
+  0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,                                                           \
+      0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0
+static _Alignas(64) const uint16_t bf16_values[32] = {BF16_VALUES, BF16_VALUES};
+#undef BF16_VALUES
+
 static inline float float_of(uint32_t bits) {
   float f;
   memcpy(&f, &bits, 4);

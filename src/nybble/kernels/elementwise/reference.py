@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -39,3 +41,20 @@ def silu_mul(x: Tensor, compute: Compute) -> Tensor:
 def sigmoid_mul(x: Tensor, gate: Tensor, compute: Compute) -> Tensor:
     """See the package."""
     return x * gate.sigmoid()
+
+
+def add_norm(
+    x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float, compute: Compute
+) -> tuple[Tensor, Tensor]:
+    """See the package."""
+    return x + y, rms_norm(x + y, weight, eps, offset, compute)
+
+
+def add(x: Tensor, y: Tensor, compute: Compute) -> Tensor:
+    """See the package."""
+    return x + y
+
+
+def look_up(table: NDArray[np.generic], index: Tensor, compute: Compute) -> Tensor:
+    """See the package."""
+    return torch.from_numpy(table[index.numpy()].astype(np.float32))

@@ -41,10 +41,15 @@ FN void NAME(norm_row)(const float *x, const float *w, const float *z, float *y,
   }
 }
 
+/* Row r of strided rows: `heads` of them in each token. */
+FN const float *NAME(row_of)(const strided *s, int64_t r, int64_t heads) {
+  return s->base + r / heads * s->token + r % heads * s->head;
+}
+
 KERNEL void NAME(norm_rows)(const rows_job *j, int64_t from, int64_t to) {
   int64_t n = j->width;
   for (int64_t r = from; r < to; r++) {
-    const float *x = j->x + r * n, *z = j->activation ? j->z + r * n : NULL;
+    const float *x = NAME(row_of)(&j->x, r, j->heads), *z = j->activation ? NAME(row_of)(&j->z, r, j->heads) : NULL;
     float *y = j->y + r * n;
     if (j->activation == NYB_SILU) NAME(norm_row)(x, j->weight, z, y, n, j->eps, 0.0f, NYB_SILU);
     else if (j->activation) NAME(norm_row)(x, j->weight, z, y, n, j->eps, 0.0f, NYB_SIGMOID);
@@ -52,12 +57,25 @@ KERNEL void NAME(norm_rows)(const rows_job *j, int64_t from, int64_t to) {
   }
 }
 
+/* sum = x + z, and y = norm(sum) where there is a weight. */
+KERNEL void NAME(add_rows)(const rows_job *j, int64_t from, int64_t to) {
+  int64_t n = j->width;
+  for (int64_t r = from; r < to; r++) {
+    const float *x = j->x.base + r * n, *z = j->z.base + r * n;
+    float *sum = j->sum + r * n;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) v_store(sum + i, v_load(x + i) + v_load(z + i));
+    if (i < n) v_store_some(sum + i, v_load_some(x + i, LEFT(i, n)) + v_load_some(z + i, LEFT(i, n)), LEFT(i, n));
+    if (j->weight) NAME(norm_row)(sum, j->weight, NULL, j->y + r * n, n, j->eps, j->offset, NYB_PLAIN);
+  }
+}
+
 /* Rows are tokens here: each has `heads` heads of `width` dims, and one row of cos and of sin. */
 KERNEL void NAME(rotary_rows)(const rows_job *j, int64_t from, int64_t to) {
   for (int64_t t = from; t < to; t++)
     for (int64_t h = 0; h < j->heads; h++) {
-      float *low = j->y + (t * j->heads + h) * j->width, *high = low + j->half;
-      const float *cos = j->x + t * j->half, *sin = j->z + t * j->half;
+      float *low = j->y + t * j->x.token + h * j->x.head, *high = low + j->half;
+      const float *cos = j->z.base + t * j->half, *sin = j->weight + t * j->half;
       for (int64_t i = 0; i < j->half; i += LANES) {
         int some = LEFT(i, j->half);
         vf a = v_load_some(low + i, some), b = v_load_some(high + i, some);
@@ -85,8 +103,10 @@ FN void NAME(gate_row)(const float *gate, const float *x, float *y, int64_t n, i
 KERNEL void NAME(gate_rows)(const rows_job *j, int64_t from, int64_t to) {
   int64_t n = j->width;
   for (int64_t r = from; r < to; r++) {
-    if (j->activation == NYB_SILU) NAME(gate_row)(j->x + r * 2 * n, j->x + r * 2 * n + n, j->y + r * n, n, NYB_SILU);
-    else NAME(gate_row)(j->z + r * n, j->x + r * n, j->y + r * n, n, NYB_SIGMOID);
+    const float *x = NAME(row_of)(&j->x, r, j->heads);
+    float *y = j->y + r * n;
+    if (j->activation == NYB_SILU) NAME(gate_row)(x, x + n, y, n, NYB_SILU);
+    else NAME(gate_row)(NAME(row_of)(&j->z, r, j->heads), x, y, n, NYB_SIGMOID);
   }
 }
 #undef LEFT

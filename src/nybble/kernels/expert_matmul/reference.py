@@ -12,10 +12,13 @@ from nybble.kernels.expert_matmul import PreparedExperts
 
 def expert_matmul(x: Tensor, counts: Tensor, weight: PreparedExperts, compute: Compute) -> Tensor:
     """See the package."""
-    rows = torch.split(round_input(x, compute.precision), counts.tolist())
+    rows = torch.split(x, counts.tolist())
     y = torch.empty((len(x), weight.n), dtype=torch.float32)
     parts = torch.split(y, counts.tolist())
     for mine, members, out in zip(rows, weight.experts, parts, strict=True):
         if len(mine):
-            torch.cat([product(mine, member) for member in members], dim=1, out=out)
+            products = [
+                product(round_input(mine, compute.precision, member), member) for member in members
+            ]
+            torch.cat(products, dim=1, out=out)
     return y

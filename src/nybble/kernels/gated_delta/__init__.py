@@ -8,7 +8,11 @@ Sources: Gated Delta Networks (arXiv 2412.06464); the chunked form, Yang et al.,
 A batch is ragged: the new tokens of B sequences lie one after another, `starts` int32 [B + 1] says
 where each begins (starts[0] = 0, starts[B] = T), `lengths` int32 [B] how many tokens each had
 before, and `slots` int32 [B] which row of the state pools is its own. A sequence of length 0 starts
-from zeros, whatever its slot holds; one without new tokens is left alone.
+from zeros, whatever its slot holds; one without new tokens is left alone. Inputs that are slices of
+a matmul's output may have rows that lie apart.
+
+While a program records (`compute.program`), the values in these tensors are not looked at: whoever
+replays answers for them.
 
 Knows nothing of projections, norms, gates, or of who owns a slot. `reference.py` is the definition,
 `cpu.py` calls the C kernels.
@@ -26,7 +30,7 @@ from torch import Tensor
 from nybble.errors import EngineError
 from nybble.kernels import dispatch
 from nybble.kernels.compute import Compute
-from nybble.kernels.tensors import check_tensor
+from nybble.kernels.tensors import check_rows, check_tensor
 
 #: Taps of a convolution: what the C kernels keep at hand.
 MOST_TAPS = 16
@@ -61,32 +65,34 @@ def causal_conv(
     """silu of the depthwise causal convolution of each sequence: x [T, C] -> [T, C].
 
     weight [C, K], K at most 16, tap K - 1 on the current token; state [slots, K - 1, C] holds the
-    last K - 1 inputs of each sequence, oldest first, and is moved on in place. All float32 and
-    contiguous. Taps are added from the oldest to the newest.
+    last K - 1 inputs of each sequence, oldest first, and is moved on in place. All float32; all but
+    the rows of x contiguous. Taps are added from the oldest to the newest.
     Raises EngineError for other shapes or dtypes, and for slots that are shared or out of range,
     before anything is written.
     """
     channels, taps = weight.shape if weight.ndim == 2 else (-1, -1)
     count = len(state) if state.ndim == 3 else -1
-    check_tensor(x, "gated delta", "x", (len(x), channels))
+    check_rows(x, "gated delta", "x", (len(x), channels))
     check_tensor(weight, "gated delta", "weight", (channels, min(max(taps, 1), MOST_TAPS)))
     check_tensor(state, "gated delta", "state", (count, taps - 1, channels))
-    _check_batch(len(x), count, starts, lengths, slots)
+    _check_batch(len(x), count, starts, lengths, slots, compute)
     return _backend().causal_conv(x, weight, state, starts, lengths, slots, compute)  # type: ignore[no-any-return]
 
 
-def decay(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+def decay(
+    a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor, compute: Compute
+) -> tuple[Tensor, Tensor]:
     """(g, beta), float32 [T, Hv] each: -exp(a_log) * softplus(a + dt_bias), and sigmoid(b).
 
-    a and b are [T, Hv], a_log and dt_bias [Hv], float32 and contiguous; softplus is linear above
-    20. Raises EngineError for other shapes or dtypes.
+    a and b are [T, Hv], whose rows may lie apart, a_log and dt_bias [Hv], contiguous, all float32;
+    softplus is linear above 20. Raises EngineError for other shapes or dtypes.
     """
     heads = len(a_log) if a_log.ndim == 1 else -1
-    check_tensor(a, "gated delta", "a", (len(a), heads))
-    check_tensor(b, "gated delta", "b", (len(a), heads))
+    check_rows(a, "gated delta", "a", (len(a), heads))
+    check_rows(b, "gated delta", "b", (len(a), heads))
     check_tensor(a_log, "gated delta", "a_log", (heads,))
     check_tensor(dt_bias, "gated delta", "dt_bias", (heads,))
-    return _backend().decay(a, b, a_log, dt_bias)  # type: ignore[no-any-return]
+    return _backend().decay(a, b, a_log, dt_bias, compute)  # type: ignore[no-any-return]
 
 
 def gated_delta(
@@ -102,7 +108,7 @@ def gated_delta(
     value_heads: int,
     key_dim: int,
     value_dim: int,
-    is_recurrent: bool,
+    recurrent: Tensor,
     compute: Compute,
 ) -> Tensor:
     """The gated delta rule over each sequence: float32 [T, Hv, Dv].
@@ -112,8 +118,9 @@ def gated_delta(
     state [slots, Hv, Dk, Dv] is moved on in place. Value head h reads key head h // (Hv / Hk). All
     float32 and contiguous, and so is the arithmetic, whatever `compute` says of matmuls.
 
-    `is_recurrent`: token by token, the same bits however the tokens are divided over calls. Else in
-    chunks of 64 at absolute positions: the same bits if a prompt is cut at multiples of 64.
+    `recurrent` int32 [B] says how each sequence is run. 1: token by token, the same bits however
+    the tokens are divided over calls. 0: in chunks of 64 at absolute positions, the same bits if a
+    prompt is cut at multiples of 64.
     Raises EngineError for other shapes or dtypes, and for slots that are shared or out of range,
     before anything is written.
     """
@@ -128,9 +135,10 @@ def gated_delta(
     check_tensor(g, "gated delta", "g", (len(mixed), value_heads))
     check_tensor(beta, "gated delta", "beta", (len(mixed), value_heads))
     check_tensor(state, "gated delta", "state", (count, value_heads, key_dim, value_dim))
-    _check_batch(len(mixed), count, starts, lengths, slots)
+    check_tensor(recurrent, "gated delta", "recurrent", tuple(lengths.shape), torch.int32)
+    _check_batch(len(mixed), count, starts, lengths, slots, compute)
     return _backend().gated_delta(  # type: ignore[no-any-return]
-        mixed, g, beta, state, starts, lengths, slots, heads, is_recurrent, compute
+        mixed, g, beta, state, starts, lengths, slots, recurrent, heads, compute
     )
 
 
@@ -149,12 +157,16 @@ def _load(backend: str) -> ModuleType:
     return reference
 
 
-def _check_batch(tokens: int, pool: int, starts: Tensor, lengths: Tensor, slots: Tensor) -> None:
-    """Every number that addresses memory is read here: the kernels trust them."""
+def _check_batch(
+    tokens: int, pool: int, starts: Tensor, lengths: Tensor, slots: Tensor, compute: Compute
+) -> None:
+    """Every number that addresses memory is read here, or by who replays: kernels trust them."""
     count = len(lengths) if lengths.ndim == 1 else -1
     check_tensor(lengths, "gated delta", "lengths", (count,), torch.int32)
     check_tensor(starts, "gated delta", "starts", (count + 1,), torch.int32)
     check_tensor(slots, "gated delta", "slots", (count,), torch.int32)
+    if compute.program is not None:
+        return
     begins, before, numbers = starts.tolist(), lengths.tolist(), slots.tolist()
     if begins[0] != 0 or begins[-1] != tokens or begins != sorted(begins):
         raise EngineError(

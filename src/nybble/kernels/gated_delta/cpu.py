@@ -1,26 +1,21 @@
-"""The C kernels of delta.c, called through ctypes: no copies, the interpreter lock released."""
+"""The C kernels of delta.c: no copies, the interpreter lock released."""
 
 from __future__ import annotations
 
-import ctypes
-from functools import lru_cache
-
-import torch
 from torch import Tensor
 
-from nybble.errors import DoesNotFit
 from nybble.kernels import dispatch
-from nybble.kernels.build import loaded
+from nybble.kernels.calls import Kernel, empty
 from nybble.kernels.compute import Compute
 from nybble.kernels.gated_delta import Heads
 
-_P, _N, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-_Argument = type[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float | ctypes.c_int]
-_SIGNATURES: dict[str, list[_Argument]] = {
-    "nyb_causal_conv": [_P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _I, _I],
-    "nyb_decay": [_P, _P, _P, _P, _P, _P, _N, _N, _I],
-    "nyb_gated_delta": [_P, _P, _P, _P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _I, _I, _I],
-}
+_CONV = Kernel("nyb_causal_conv", "pnpppppp" + "snn" + "ii")
+_DECAY = Kernel("nyb_decay", "pnpnpppp" + "tn" + "ii")
+_DELTA = Kernel(
+    "nyb_gated_delta",
+    "ppppppppp" + "snnnn" + "ii",
+    fails="gated delta: no memory for the scratch of its threads",
+)
 
 
 def causal_conv(
@@ -33,24 +28,21 @@ def causal_conv(
     compute: Compute,
 ) -> Tensor:
     """See the package."""
-    y = torch.empty(x.shape, dtype=torch.float32)
-    _function("nyb_causal_conv")(
-        *(t.data_ptr() for t in (x, weight, state, starts, lengths, slots, y)),
-        len(lengths),
-        *weight.shape,
-        *_how(compute),
-    )
+    y = empty(compute, x.shape)
+    others = (t.data_ptr() for t in (weight, state, starts, lengths, slots, y))
+    sizes = (len(lengths), *weight.shape)
+    _CONV(compute, x.data_ptr(), x.stride(0), *others, *sizes, *_how(compute))
     return y
 
 
-def decay(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+def decay(
+    a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor, compute: Compute
+) -> tuple[Tensor, Tensor]:
     """See the package."""
-    g, beta = torch.empty(a.shape, dtype=torch.float32), torch.empty(a.shape, dtype=torch.float32)
-    _function("nyb_decay")(
-        *(t.data_ptr() for t in (a, b, a_log, dt_bias, g, beta)),
-        *a.shape,
-        dispatch.isa_level(),
-    )
+    g, beta = empty(compute, a.shape), empty(compute, a.shape)
+    inputs = (a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0))
+    others = (t.data_ptr() for t in (a_log, dt_bias, g, beta))
+    _DECAY(compute, *inputs, *others, *a.shape, *_how(compute))
     return g, beta
 
 
@@ -62,35 +54,25 @@ def gated_delta(
     starts: Tensor,
     lengths: Tensor,
     slots: Tensor,
+    recurrent: Tensor,
     heads: Heads,
-    is_recurrent: bool,
     compute: Compute,
 ) -> Tensor:
     """See the package."""
-    out = torch.empty((len(mixed), heads.value_heads, heads.value_dim), dtype=torch.float32)
-    failed = _function("nyb_gated_delta")(
-        *(t.data_ptr() for t in (mixed, g, beta, state, starts, lengths, slots, out)),
+    out = empty(compute, (len(mixed), heads.value_heads, heads.value_dim))
+    tensors = (mixed, g, beta, state, starts, lengths, slots, recurrent, out)
+    _DELTA(
+        compute,
+        *(t.data_ptr() for t in tensors),
         len(lengths),
         heads.key_heads,
         heads.value_heads,
         heads.key_dim,
         heads.value_dim,
-        is_recurrent,
         *_how(compute),
     )
-    if failed:
-        raise DoesNotFit(f"gated delta: no memory for the scratch of {compute.threads} threads")
     return out
 
 
 def _how(compute: Compute) -> tuple[int, int]:
     return dispatch.isa_level(), compute.threads
-
-
-@lru_cache(maxsize=len(_SIGNATURES))
-def _function(name: str) -> ctypes._NamedFuncPointer:
-    library = loaded()
-    function: ctypes._NamedFuncPointer = getattr(library, name)
-    function.restype = _I if name == "nyb_gated_delta" else None
-    function.argtypes = _SIGNATURES[name]
-    return function

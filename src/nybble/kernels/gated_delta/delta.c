@@ -3,6 +3,7 @@
  *
  * One task is one value head of one sequence, so nothing in it depends on other sequences or on the threads. */
 #include <math.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -13,32 +14,44 @@
 
 #include "../isa.h"
 #include "../pool.h"
+#include "../program.h"
 
 #define CHUNK 64          /* tokens; chunks lie at absolute positions, multiples of this */
 #define L2_EPS 1e-6f      /* under the root of the norm of q and k */
 #define MOST_TAPS 16      /* of a convolution; Python checks */
 #define CONV_CHANNELS 512 /* per task: a row of them, for every tap, stays in the first cache */
+#define DECAY_ROWS 64     /* per task */
 #define ALONE 131072      /* multiply-adds below which the calling thread is done before a worker wakes */
+#define ALONE_DECAY 4096  /* the same for elements with three exponentials and a logarithm */
 
 typedef struct {
   const float *mixed, *g, *beta;
   float *state, *out;
-  const int32_t *starts, *lengths, *slots;
+  const int32_t *starts, *lengths, *slots, *recurrent;
   int64_t key_heads, value_heads, key_dim, value_dim;
   float scale; /* of q */
-  int is_recurrent, isa, buffers;
+  int isa, buffers;
+  int64_t live;        /* sequences with new tokens */
+  int32_t *order;      /* [live]: those in chunks first, so that the long tasks are not the last */
   int64_t buffer_floats;
-  float *scratch;     /* [buffers, buffer_floats]: one for each thread that works at a time */
-  _Atomic int *taken; /* [buffers] */
+  float *scratch;      /* [buffers, buffer_floats]: one for each thread that works at a time */
+  _Atomic int *taken;  /* [buffers] */
 } delta_job;
 
 typedef struct {
   const float *x, *weight;
   float *state, *y;
   const int32_t *starts, *lengths, *slots;
-  int64_t channels, taps;
+  int64_t x_row, sequences, channels, taps;
   int isa;
 } conv_job;
+
+typedef struct {
+  const float *a, *b, *a_log, *dt_bias;
+  float *g, *beta;
+  int64_t a_row, b_row, tokens, heads;
+  int isa;
+} decay_job;
 
 static const float *query_of(const delta_job *j, int64_t token, int64_t head) {
   int64_t channels = 2 * j->key_heads * j->key_dim + j->value_heads * j->value_dim;
@@ -113,14 +126,13 @@ static int take_buffer(delta_job *j) {
 
 static void delta_task(void *context, int64_t index) {
   delta_job *j = context;
-  int64_t b = index / j->value_heads, head = index % j->value_heads;
+  int64_t b = j->order[index / j->value_heads], head = index % j->value_heads;
   int64_t from = j->starts[b], to = j->starts[b + 1], matrix = j->key_dim * j->value_dim;
-  if (from == to) return;
   float *state = j->state + (j->slots[b] * j->value_heads + head) * matrix;
   if (!j->lengths[b]) memset(state, 0, (size_t)matrix * sizeof(float));
   int buffer = take_buffer(j);
   float *scratch = j->scratch + buffer * j->buffer_floats;
-  if (j->is_recurrent) {
+  if (j->recurrent[b]) {
     CALL(j->isa, recurrent, j, scratch, state, head, from, to);
   } else {
     for (int64_t at = from, end; at < to; at = end) {
@@ -132,49 +144,105 @@ static void delta_task(void *context, int64_t index) {
   atomic_store_explicit(&j->taken[buffer], 0, memory_order_release);
 }
 
-/* Shapes as in Python; 1 if there is no memory for the scratch, before anything is written. */
-int nyb_gated_delta(const float *mixed, const float *g, const float *beta, float *state, const int32_t *starts,
-                    const int32_t *lengths, const int32_t *slots, float *out, int64_t sequences, int64_t key_heads,
-                    int64_t value_heads, int64_t key_dim, int64_t value_dim, int is_recurrent, int isa, int threads) {
-  delta_job j = {.mixed = mixed, .g = g, .beta = beta, .state = state, .out = out, .starts = starts,
-                 .lengths = lengths, .slots = slots, .key_heads = key_heads, .value_heads = value_heads,
-                 .key_dim = key_dim, .value_dim = value_dim, .is_recurrent = is_recurrent, .isa = isa};
-  if (!sequences || !starts[sequences]) return 0;
-  int64_t tasks = sequences * value_heads;
-  if (starts[sequences] * value_heads * key_dim * value_dim < ALONE) threads = 1;
-  if (threads > tasks) threads = (int)tasks;
-  if (threads < 1) threads = 1;
-  j.scale = 1.0f / sqrtf((float)key_dim);
-  j.buffers = threads;
-  j.buffer_floats = (is_recurrent ? 2 * key_dim : chunk_floats(&j)) + 63; /* whole cache lines, and one apart */
-  j.buffer_floats -= j.buffer_floats % 16;
-  j.scratch = aligned_alloc(64, (size_t)(j.buffer_floats * threads) * sizeof(float));
-  j.taken = calloc((size_t)threads, sizeof *j.taken);
-  int failed = !j.scratch || !j.taken;
-  if (!failed) nyb_parallel(delta_task, &j, tasks, threads);
-  free(j.scratch);
-  free((void *)j.taken);
-  return failed;
+/* Memory that a calling thread keeps between calls. */
+static pthread_key_t kept_key;
+static pthread_once_t kept_once = PTHREAD_ONCE_INIT;
+static void make_kept_key(void) { pthread_key_create(&kept_key, free); }
+static void *kept(size_t bytes) {
+  pthread_once(&kept_once, make_kept_key);
+  size_t *held = pthread_getspecific(kept_key); /* its first cache line holds its size */
+  if (!held || *held < bytes) {
+    free(held);
+    pthread_setspecific(kept_key, NULL);
+    bytes = (bytes + bytes / 4 + 63) / 64 * 64;
+    held = aligned_alloc(64, bytes + 64);
+    if (!held) return NULL;
+    *held = bytes;
+    pthread_setspecific(kept_key, held);
+  }
+  return (char *)held + 64;
 }
 
-void nyb_decay(const float *a, const float *b, const float *a_log, const float *dt_bias, float *g, float *beta,
-               int64_t tokens, int64_t heads, int isa) {
-  CALL(isa, decays, a, b, a_log, dt_bias, g, beta, tokens, heads);
+/* Scratch for so many threads, with no buffer taken; 1 if there is no memory. */
+static int find_scratch(delta_job *j, int threads, int has_chunks, int64_t sequences) {
+  j->buffers = threads;
+  j->buffer_floats = (has_chunks ? chunk_floats(j) : 2 * j->key_dim) + 31; /* whole cache lines, and one apart */
+  j->buffer_floats -= j->buffer_floats % 16;
+  size_t floats = (size_t)(j->buffer_floats * threads) * sizeof(float), flags = (size_t)threads * sizeof *j->taken;
+  j->scratch = kept(floats + flags + (size_t)sequences * sizeof *j->order);
+  if (!j->scratch) return 1;
+  j->taken = (_Atomic int *)((char *)j->scratch + floats);
+  for (int i = 0; i < threads; i++) atomic_init(&j->taken[i], 0);
+  j->order = (int32_t *)((char *)j->taken + flags);
+  return 0;
+}
+
+static void list_sequences(delta_job *j, int64_t sequences) {
+  for (int is_recurrent = 0; is_recurrent < 2; is_recurrent++)
+    for (int64_t b = 0; b < sequences; b++)
+      if (j->starts[b] < j->starts[b + 1] && !j->recurrent[b] == !is_recurrent) j->order[j->live++] = (int32_t)b;
+}
+
+/* Shapes as in Python; 1 if there is no memory for the scratch, before anything is written. */
+int nyb_gated_delta(const float *mixed, const float *g, const float *beta, float *state, const int32_t *starts,
+                    const int32_t *lengths, const int32_t *slots, const int32_t *recurrent, float *out,
+                    int64_t sequences, int64_t key_heads, int64_t value_heads, int64_t key_dim, int64_t value_dim,
+                    int isa, int threads) {
+  delta_job j = {.mixed = mixed, .g = g, .beta = beta, .state = state, .out = out, .starts = starts,
+                 .lengths = lengths, .slots = slots, .recurrent = recurrent, .key_heads = key_heads,
+                 .value_heads = value_heads, .key_dim = key_dim, .value_dim = value_dim,
+                 .scale = 1.0f / sqrtf((float)key_dim), .isa = isa};
+  if (!sequences || !starts[sequences]) return 0;
+  int has_chunks = 0;
+  for (int64_t b = 0; b < sequences; b++) has_chunks |= starts[b] < starts[b + 1] && !recurrent[b];
+  if (starts[sequences] * value_heads * key_dim * value_dim < ALONE || threads < 1) threads = 1;
+  if (threads > sequences * value_heads) threads = (int)(sequences * value_heads);
+  if (find_scratch(&j, threads, has_chunks, sequences)) return 1;
+  list_sequences(&j, sequences);
+  nyb_parallel(delta_task, &j, j.live * value_heads, threads);
+  return 0;
+}
+NYB_STEP(nyb_gated_delta) {
+  return nyb_gated_delta(v[0].p, v[1].p, v[2].p, v[3].p, v[4].p, v[5].p, v[6].p, v[7].p, v[8].p, v[9].n, v[10].n,
+                         v[11].n, v[12].n, v[13].n, (int)v[14].n, (int)v[15].n);
+}
+
+static void decay_task(void *context, int64_t index) {
+  const decay_job *j = context;
+  int64_t from = index * DECAY_ROWS, to = from + DECAY_ROWS < j->tokens ? from + DECAY_ROWS : j->tokens;
+  CALL(j->isa, decays, j, from, to);
+}
+
+void nyb_decay(const float *a, int64_t a_row, const float *b, int64_t b_row, const float *a_log, const float *dt_bias,
+               float *g, float *beta, int64_t tokens, int64_t heads, int isa, int threads) {
+  decay_job j = {.a = a, .b = b, .a_log = a_log, .dt_bias = dt_bias, .g = g, .beta = beta, .a_row = a_row,
+                 .b_row = b_row, .tokens = tokens, .heads = heads, .isa = isa};
+  if (tokens * heads < ALONE_DECAY) threads = 1;
+  nyb_parallel(decay_task, &j, (tokens + DECAY_ROWS - 1) / DECAY_ROWS, threads);
+}
+NYB_STEP(nyb_decay) {
+  nyb_decay(v[0].p, v[1].n, v[2].p, v[3].n, v[4].p, v[5].p, v[6].p, v[7].p, v[8].n, v[9].n, (int)v[10].n,
+            (int)v[11].n);
+  return 0;
 }
 
 static void conv_task(void *context, int64_t index) {
   const conv_job *j = context;
-  int64_t blocks = (j->channels + CONV_CHANNELS - 1) / CONV_CHANNELS, b = index / blocks;
-  int64_t from = index % blocks * CONV_CHANNELS, to = from + CONV_CHANNELS;
-  if (to > j->channels) to = j->channels;
-  if (j->starts[b] < j->starts[b + 1]) CALL(j->isa, convolve, j, b, from, to);
+  int64_t from = index * CONV_CHANNELS, to = from + CONV_CHANNELS < j->channels ? from + CONV_CHANNELS : j->channels;
+  CALL(j->isa, convolve, j, from, to);
 }
 
-void nyb_causal_conv(const float *x, const float *weight, float *state, const int32_t *starts, const int32_t *lengths,
-                     const int32_t *slots, float *y, int64_t sequences, int64_t channels, int64_t taps, int isa,
-                     int threads) {
+void nyb_causal_conv(const float *x, int64_t x_row, const float *weight, float *state, const int32_t *starts,
+                     const int32_t *lengths, const int32_t *slots, float *y, int64_t sequences, int64_t channels,
+                     int64_t taps, int isa, int threads) {
   conv_job j = {.x = x, .weight = weight, .state = state, .y = y, .starts = starts, .lengths = lengths,
-                .slots = slots, .channels = channels, .taps = taps, .isa = isa};
+                .slots = slots, .x_row = x_row, .sequences = sequences, .channels = channels, .taps = taps,
+                .isa = isa};
   if (starts[sequences] * channels * taps < ALONE) threads = 1;
-  nyb_parallel(conv_task, &j, sequences * ((channels + CONV_CHANNELS - 1) / CONV_CHANNELS), threads);
+  nyb_parallel(conv_task, &j, (channels + CONV_CHANNELS - 1) / CONV_CHANNELS, threads);
+}
+NYB_STEP(nyb_causal_conv) {
+  nyb_causal_conv(v[0].p, v[1].n, v[2].p, v[3].p, v[4].p, v[5].p, v[6].p, v[7].p, v[8].n, v[9].n, v[10].n,
+                  (int)v[11].n, (int)v[12].n);
+  return 0;
 }

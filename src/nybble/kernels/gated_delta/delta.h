@@ -242,48 +242,99 @@ KERNEL void NAME(chunk)(const delta_job *j, float *scratch, float *state, int64_
 
 /* ---------------------------------------------------------------- decay */
 
-/* g = -exp(a_log) softplus(a + dt_bias) and beta = sigmoid(b), [tokens, heads]. */
-KERNEL void NAME(decays)(const float *a, const float *b, const float *a_log, const float *dt_bias, float *g,
-                         float *beta, int64_t tokens, int64_t heads) {
-  EACH(h, heads) {
-    vf rate = v_all(0) - v_exp(v_load_some(a_log + h, (int)some)), bias = v_load_some(dt_bias + h, (int)some);
-    for (int64_t at = h; at < tokens * heads; at += heads) {
-      v_store_some(g + at, rate * v_softplus(v_load_some(a + at, (int)some) + bias), (int)some);
-      v_store_some(beta + at, v_sigmoid(v_load_some(b + at, (int)some)), (int)some);
+/* g = -exp(a_log) softplus(a + dt_bias) and beta = sigmoid(b) of tokens [from, to). */
+KERNEL void NAME(decays)(const decay_job *j, int64_t from, int64_t to) {
+  EACH(h, j->heads) {
+    vf rate = v_all(0) - v_exp(v_load_some(j->a_log + h, (int)some)), bias = v_load_some(j->dt_bias + h, (int)some);
+    for (int64_t t = from; t < to; t++) {
+      vf a = v_load_some(j->a + t * j->a_row + h, (int)some), b = v_load_some(j->b + t * j->b_row + h, (int)some);
+      v_store_some(j->g + t * j->heads + h, rate * v_softplus(a + bias), (int)some);
+      v_store_some(j->beta + t * j->heads + h, v_sigmoid(b), (int)some);
     }
   }
 }
 
 /* ---------------------------------------------------------------- the convolution */
 
-/* Channels [from, to), at most CONV_CHANNELS, of one sequence; rows of x and y are `channels` apart. */
-KERNEL void NAME(convolve)(const conv_job *j, int64_t b, int64_t from, int64_t to) {
-  int64_t taps = j->taps, channels = j->channels, first = j->starts[b], n = j->starts[b + 1] - first;
-  const float *x = j->x + first * channels;
-  float *y = j->y + first * channels, *state = j->state + j->slots[b] * (taps - 1) * channels;
-  float weight[MOST_TAPS][CONV_CHANNELS];
-  for (int64_t c = from; c < to; c++)
-    for (int64_t k = 0; k < taps; k++) weight[k][c - from] = j->weight[c * taps + k];
-  if (!j->lengths[b])
-    for (int64_t t = 0; t < taps - 1; t++)
-      memset(state + t * channels + from, 0, (size_t)(to - from) * sizeof(float));
-/* The input at position t of this call; the state holds those before 0. */
-#define ROW(t) ((t) < 0 ? state + (taps - 1 + (t)) * channels : x + (t) * channels)
-  for (int64_t t = 0; t < n; t++)
-    for (int64_t c = from; c < to; c += LANES) {
-      int some = LEFT(c, to);
-      vf sum = v_all(0);
-      __builtin_prefetch(ROW(t + 4 < n ? t + 4 : t) + c); /* rows are pages apart: no machine guesses the next */
-      for (int64_t k = 0; k < taps; k++) {
-        vf old = v_load_some(ROW(t - (taps - 1) + k) + c, some);
-        sum = v_fma(old, v_load_some(&weight[k][c - from], some), sum);
-      }
-      v_store_some(y + t * channels + c, v_silu(sum), some);
+/* The weights [channels, taps] of channels [from, to) as rows of one tap. Four taps are what networks have. */
+FN void NAME(spread_taps)(const conv_job *j, int64_t from, int64_t to, float rows[MOST_TAPS][CONV_CHANNELS]) {
+  int64_t taps = j->taps, c = from;
+#if NYB_AVX512
+  __m512i every = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7),
+                                     _mm512_set1_epi32(4));
+  for (; taps == 4 && c + LANES <= to; c += LANES) {
+    const float *w = j->weight + c * 4;
+    vf a = v_load(w), b = v_load(w + 16), x = v_load(w + 32), y = v_load(w + 48);
+    for (int k = 0; k < 4; k++) {
+      __m512i mine = _mm512_add_epi32(every, _mm512_set1_epi32(k));
+      vf low = _mm512_permutex2var_ps(a, mine, b), high = _mm512_permutex2var_ps(x, mine, y);
+      v_store(&rows[k][c - from], _mm512_mask_blend_ps(0xff00, low, high));
     }
+  }
+#elif NYB_AVX2
+  for (; taps == 4 && c + LANES <= to; c += LANES) { /* channels i and i + 4 share a register: lanes end in order */
+    const float *w = j->weight + c * 4;
+#define PAIR(i) \
+  _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(w + (i) * 4)), _mm_loadu_ps(w + (i) * 4 + 16), 1)
+    vf a = PAIR(0), b = PAIR(1), x = PAIR(2), y = PAIR(3);
+#undef PAIR
+    vf ab = _mm256_unpacklo_ps(a, b), xy = _mm256_unpacklo_ps(x, y);
+    v_store(&rows[0][c - from], _mm256_shuffle_ps(ab, xy, 0x44));
+    v_store(&rows[1][c - from], _mm256_shuffle_ps(ab, xy, 0xee));
+    ab = _mm256_unpackhi_ps(a, b), xy = _mm256_unpackhi_ps(x, y);
+    v_store(&rows[2][c - from], _mm256_shuffle_ps(ab, xy, 0x44));
+    v_store(&rows[3][c - from], _mm256_shuffle_ps(ab, xy, 0xee));
+  }
+#endif
+  for (; c < to; c++)
+    for (int64_t k = 0; k < taps; k++) rows[k][c - from] = j->weight[c * taps + k];
+}
+
+/* One token: row[k] holds the inputs that meet tap k. */
+FN void NAME(convolve_token)(const float *const *row, float weight[MOST_TAPS][CONV_CHANNELS], int64_t taps,
+                             int64_t channels, float *y) {
+  int64_t c = 0;
+  for (; c + LANES <= channels; c += LANES) {
+    vf sum = v_all(0);
+    for (int64_t k = 0; k < taps; k++) sum = v_fma(v_load(row[k] + c), v_load(&weight[k][c]), sum);
+    v_store(y + c, v_silu(sum));
+  }
+  if (c == channels) return;
+  int some = LEFT(c, channels);
+  vf sum = v_all(0);
+  for (int64_t k = 0; k < taps; k++) sum = v_fma(v_load_some(row[k] + c, some), v_load_some(&weight[k][c], some), sum);
+  v_store_some(y + c, v_silu(sum), some);
+}
+
+/* Channels [from, to) of one sequence. */
+FN void NAME(convolve_sequence)(const conv_job *j, int64_t b, int64_t from, int64_t to,
+                                float weight[MOST_TAPS][CONV_CHANNELS]) {
+  int64_t taps = j->taps, channels = j->channels, first = j->starts[b], n = j->starts[b + 1] - first;
+  const float *x = j->x + first * j->x_row + from, *row[MOST_TAPS];
+  float *y = j->y + first * channels + from, *state = j->state + j->slots[b] * (taps - 1) * channels + from;
+  if (!j->lengths[b])
+    for (int64_t t = 0; t < taps - 1; t++) memset(state + t * channels, 0, (size_t)(to - from) * sizeof(float));
+/* The input at position t of this call; the state holds those before 0. */
+#define ROW(t) ((t) < 0 ? state + (taps - 1 + (t)) * channels : x + (t) * j->x_row)
+  for (int64_t t = 0; t < n; t++) {
+    for (int64_t k = 0; k < taps; k++) row[k] = ROW(t - (taps - 1) + k);
+    if (t + 4 < n) /* rows are pages apart: no machine guesses the next */
+      for (int64_t c = 0; c < to - from; c += 16) __builtin_prefetch(ROW(t + 4) + c);
+    if (taps == 4) NAME(convolve_token)(row, weight, 4, to - from, y + t * channels);
+    else NAME(convolve_token)(row, weight, taps, to - from, y + t * channels);
+  }
   /* Oldest first: a row is read before it is overwritten. */
   for (int64_t t = 0; t < taps - 1; t++)
-    memcpy(state + t * channels + from, ROW(n - (taps - 1) + t) + from, (size_t)(to - from) * sizeof(float));
+    memcpy(state + t * channels, ROW(n - (taps - 1) + t), (size_t)(to - from) * sizeof(float));
 #undef ROW
+}
+
+/* Channels [from, to), at most CONV_CHANNELS, of every sequence. */
+KERNEL void NAME(convolve)(const conv_job *j, int64_t from, int64_t to) {
+  float weight[MOST_TAPS][CONV_CHANNELS];
+  NAME(spread_taps)(j, from, to, weight);
+  for (int64_t b = 0; b < j->sequences; b++)
+    if (j->starts[b] < j->starts[b + 1]) NAME(convolve_sequence)(j, b, from, to, weight);
 }
 #undef LEFT
 #undef EACH

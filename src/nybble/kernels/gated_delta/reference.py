@@ -22,7 +22,7 @@ def causal_conv(
     compute: Compute,
 ) -> Tensor:
     """See the package. `compute` changes nothing here."""
-    out = torch.empty_like(x)
+    out = torch.empty(x.shape)
     taps = weight.shape[1]
     for b, (length, slot) in enumerate(zip(lengths.tolist(), slots.tolist(), strict=True)):
         begin, end = starts[b : b + 2].tolist()
@@ -38,8 +38,10 @@ def causal_conv(
     return out
 
 
-def decay(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """See the package."""
+def decay(
+    a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor, compute: Compute
+) -> tuple[Tensor, Tensor]:
+    """See the package. `compute` changes nothing here."""
     return -a_log.exp() * softplus(a + dt_bias, threshold=20.0), b.sigmoid()
 
 
@@ -51,13 +53,14 @@ def gated_delta(
     starts: Tensor,
     lengths: Tensor,
     slots: Tensor,
+    recurrent: Tensor,
     heads: Heads,
-    is_recurrent: bool,
     compute: Compute,
 ) -> Tensor:
     """See the package. `compute` changes nothing here: the delta rule is float32."""
     out = mixed.new_empty((len(mixed), heads.value_heads, heads.value_dim))
-    for b, (length, slot) in enumerate(zip(lengths.tolist(), slots.tolist(), strict=True)):
+    places = zip(lengths.tolist(), slots.tolist(), recurrent.tolist(), strict=True)
+    for b, (length, slot, is_recurrent) in enumerate(places):
         begin, end = starts[b : b + 2].tolist()
         s = state[slot].clone() if length else torch.zeros_like(state[slot])
         at = begin

@@ -1,24 +1,29 @@
-/* What Python calls. Every pointer is plain memory; nothing is kept after a call returns. Python has checked that
- * every position that is read or written has a page. */
+/* What Python calls. Every pointer is plain memory; nothing is kept after a call returns. Whoever calls has checked
+ * that every position that is read or written has a page. */
 #ifndef NYB_PAGED_ATTENTION_H
 #define NYB_PAGED_ATTENTION_H
 #include <stdint.h>
 
 #include "../isa.h"
 
-/* The pages of one layer, and which of them hold the sequences of a batch. */
-typedef struct {
-  char *keys, *values;    /* [pages, kv_heads, page_tokens, head_dim] */
-  const int32_t *table;   /* [sequences, width] */
-  const int32_t *starts;  /* [sequences + 1] */
-  const int32_t *lengths; /* [sequences] */
-  int64_t sequences, width, kv_heads, page_tokens, head_dim;
-  int64_t is_bf16; /* pages are BF16, else float32 */
-} nyb_pages;
+/* What pages hold; Python passes these numbers. */
+enum { NYB_PAGES_F32 = 0, NYB_PAGES_BF16 = 1, NYB_PAGES_E4M3 = 2 };
 
-void nyb_paged_write(const nyb_pages *pages, const float *k, const float *v, int isa);
-/* window 0: every position up to the query's own */
-void nyb_paged_attention(const nyb_pages *pages, const float *q, float *out, int64_t query_heads, float scale,
-                         int64_t window, int isa, int threads);
+/* `keys` and `values` are [pages, kv_heads, page_tokens, head_dim] of a format; `table` [sequences, width], `starts`
+ * [sequences + 1], `lengths` [sequences]; there are starts[sequences] tokens. k, v and q are [tokens, heads, head_dim]
+ * with strides in floats, out is contiguous. E4M3 pages hold value / scale. */
+
+/* `clipped`, which may be NULL, counts the numbers beyond 448 scales. */
+void nyb_paged_write(char *keys, char *values, const int32_t *table, const int32_t *starts, const int32_t *lengths,
+                     int64_t sequences, int64_t width, int64_t kv_heads, int64_t page_tokens, int64_t head_dim,
+                     int format, float key_scale, float value_scale, int64_t *clipped, const float *k, int64_t k_token,
+                     int64_t k_head, const float *v, int64_t v_token, int64_t v_head, int isa, int threads);
+
+/* `scale` is that of the softmax; window 0: every position up to the query's own. Returns 0, or 1 without memory. */
+int nyb_paged_attention(const char *keys, const char *values, const int32_t *table, const int32_t *starts,
+                        const int32_t *lengths, int64_t sequences, int64_t width, int64_t kv_heads,
+                        int64_t page_tokens, int64_t head_dim, int format, float key_scale, float value_scale,
+                        const float *q, int64_t q_token, int64_t q_head, float *out, int64_t query_heads, float scale,
+                        int64_t window, int isa, int threads);
 
 #endif

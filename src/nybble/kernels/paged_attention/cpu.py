@@ -1,41 +1,39 @@
-"""The C kernels of cpu.c, called through ctypes: no copies, the interpreter lock released."""
+"""The C kernels of cpu.c and write.c: no copies, the interpreter lock released."""
 
 from __future__ import annotations
-
-import ctypes
 
 import torch
 from torch import Tensor
 
 from nybble.kernels import dispatch
-from nybble.kernels.build import loaded
+from nybble.kernels.calls import Kernel, empty
 from nybble.kernels.compute import Compute
-from nybble.kernels.paged_attention import Pages
+from nybble.kernels.paged_attention import FP8, Pages
 
-
-class _Pages(ctypes.Structure):
-    """nyb_pages of cpu.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "table", "starts", "lengths")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("sequences", "width", "kv_heads", "page_tokens", "head_dim", "is_bf16")
-        ),
-    )
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1, FP8: 2}  # the enum of cpu.h
+# keys, values, table, starts, lengths, sequences, width, heads, page tokens, D, format, two scales
+_PAGES = "pppppsnnnniff"
+# clipped; k and v with their strides; isa, threads
+_WRITE = Kernel("nyb_paged_write", _PAGES + "ppnnpnnii")
+# q with its strides, out, query heads, scale, window; isa, threads
+_ATTENTION = Kernel(
+    "nyb_paged_attention", _PAGES + "pnnpnfnii", fails="attention: no memory for its scratch"
+)
 
 
 def write(
-    k: Tensor, v: Tensor, pages: Pages, table: Tensor, starts: Tensor, lengths: Tensor
+    k: Tensor,
+    v: Tensor,
+    pages: Pages,
+    table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    compute: Compute,
 ) -> None:
     """See the package."""
+    clipped = None if pages.clipped is None else pages.clipped.data_ptr()
     described = _describe(pages, table, starts, lengths)
-    loaded().nyb_paged_write(
-        ctypes.byref(described),
-        ctypes.c_void_p(k.data_ptr()),
-        ctypes.c_void_p(v.data_ptr()),
-        ctypes.c_int(dispatch.isa_level()),
-    )
+    _WRITE(compute, *described, clipped, *_place(k), *_place(v), *_how(compute))
 
 
 def attention(
@@ -49,23 +47,25 @@ def attention(
     compute: Compute,
 ) -> Tensor:
     """See the package."""
-    out = torch.empty_like(q)
+    out = empty(compute, q.shape)
     described = _describe(pages, table, starts, lengths)
-    loaded().nyb_paged_attention(
-        ctypes.byref(described),
-        ctypes.c_void_p(q.data_ptr()),
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_int64(q.shape[1]),
-        ctypes.c_float(scale),
-        ctypes.c_int64(window),
-        ctypes.c_int(dispatch.isa_level()),
-        ctypes.c_int(compute.threads),
-    )
+    result = (out.data_ptr(), q.shape[1], scale, window)
+    _ATTENTION(compute, *described, *_place(q), *result, *_how(compute))
     return out
 
 
-def _describe(pages: Pages, table: Tensor, starts: Tensor, lengths: Tensor) -> _Pages:
-    _, kv_heads, page_tokens, head_dim = pages.keys.shape
+def _describe(
+    pages: Pages, table: Tensor, starts: Tensor, lengths: Tensor
+) -> tuple[int | float, ...]:
     pointers = (x.data_ptr() for x in (pages.keys, pages.values, table, starts, lengths))
-    is_bf16 = pages.keys.dtype == torch.bfloat16
-    return _Pages(*pointers, *table.shape, kv_heads, page_tokens, head_dim, is_bf16)
+    sizes = (*table.shape, *pages.keys.shape[1:])
+    return (*pointers, *sizes, _FORMATS[pages.keys.dtype], pages.key_scale, pages.value_scale)
+
+
+def _place(x: Tensor) -> tuple[int, int, int]:
+    """The address of rows, and how far apart tokens and heads lie."""
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _how(compute: Compute) -> tuple[int, int]:
+    return dispatch.isa_level(), compute.threads

@@ -6,6 +6,7 @@
 #undef NAME
 #undef LANES
 #undef ROWS
+#undef KEEP
 #undef VECTORS
 #undef vf
 
@@ -37,6 +38,7 @@ typedef int32_t NAME(vi) __attribute__((vector_size(16)));
 typedef uint32_t NAME(vu) __attribute__((vector_size(16)));
 #endif
 #define vf NAME(vf)
+#define KEEP (LANES > ROWS ? LANES : ROWS) /* floats that a vector for ROWS numbers takes */
 
 #if NYB_AVX512
 FN vf NAME(all)(float x) { return _mm512_set1_ps(x); }

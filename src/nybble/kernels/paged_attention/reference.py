@@ -6,18 +6,32 @@ import torch
 from torch import Tensor
 
 from nybble.kernels.compute import Compute
-from nybble.kernels.paged_attention import Pages
+from nybble.kernels.paged_attention import FP8, Pages
+
+#: The largest E4M3 number.
+MOST = 448.0
 
 
 def write(
-    k: Tensor, v: Tensor, pages: Pages, table: Tensor, starts: Tensor, lengths: Tensor
+    k: Tensor,
+    v: Tensor,
+    pages: Pages,
+    table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    compute: Compute,
 ) -> None:
-    """See the package."""
+    """See the package. `compute` changes nothing here."""
     for b, length in enumerate(lengths.tolist()):
         begin, end = starts[b : b + 2].tolist()
         page, offset = _places(table[b], length, length + end - begin, pages.keys.shape[2])
-        pages.keys[page, :, offset] = k[begin:end].to(pages.keys.dtype)
-        pages.values[page, :, offset] = v[begin:end].to(pages.values.dtype)
+        for pool, x, scale in (
+            (pages.keys, k, pages.key_scale),
+            (pages.values, v, pages.value_scale),
+        ):
+            # Bytes are copied: torch has no indexing for FP8.
+            held = _rounded(x[begin:end], pool.dtype, scale, pages.clipped)
+            _raw(pool)[page, :, offset] = _raw(held)
 
 
 def attention(
@@ -38,14 +52,39 @@ def attention(
             first = max(0, length - window + 1) if window else 0
             keys = torch.arange(first, length + end - begin)
             page, offset = _places(table[b], first, length + end - begin, pages.keys.shape[2])
-            k = pages.keys[page, :, offset].float().transpose(0, 1)  # [Hkv, S, D]
-            v = pages.values[page, :, offset].float().transpose(0, 1)
+            k, v = (
+                _read(pool, page, offset, scale).transpose(0, 1)  # [Hkv, S, D]
+                for pool, scale in (
+                    (pages.keys, pages.key_scale),
+                    (pages.values, pages.value_scale),
+                )
+            )
             at = torch.arange(length, length + end - begin)[:, None]
             seen = keys <= at
             if window:
                 seen &= keys > at - window
             out[begin:end] = _softmax_attention(q[begin:end], k, v, seen, scale)
     return out
+
+
+def _rounded(x: Tensor, dtype: torch.dtype, scale: float, clipped: Tensor | None) -> Tensor:
+    """x as pages hold it; what is beyond the range of FP8 is cut off and counted."""
+    if dtype != FP8:
+        return x.to(dtype)
+    x = x / scale
+    if clipped is not None:
+        clipped += (x.abs() > MOST).sum()
+    codes = x.clamp(-MOST, MOST).to(FP8).view(torch.uint8)
+    return codes.masked_fill(x.isnan(), 0x7F).view(FP8)  # a NaN has no sign
+
+
+def _read(pool: Tensor, page: Tensor, offset: Tensor, scale: float) -> Tensor:
+    """Positions of a pool as float32 [S, Hkv, D]."""
+    return _raw(pool)[page, :, offset].view(pool.dtype).float() * scale
+
+
+def _raw(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype == FP8 else x
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,55 @@
+"""Numbers of pages and slots, lent and given back. Owns no memory; a pool of tensors, a scheduler
+and a test count with the same class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nybble.errors import EngineError, OutOfPages
+
+
+class Numbers:
+    """The numbers 0 .. count - 1, each lent to one owner at a time. `what` is for messages."""
+
+    def __init__(self, count: int, what: str) -> None:
+        self.count, self.what = count, what
+        self._free = list(range(count - 1, -1, -1))
+        self._taken: set[int] = set()
+
+    @property
+    def free(self) -> int:
+        """How many can be taken."""
+        return len(self._free)
+
+    def take(self, count: int = 1) -> list[int]:
+        """Numbers for the caller alone; all of them or none. Raises OutOfPages."""
+        if count > len(self._free):
+            raise OutOfPages(
+                f"{count} of {self.what} were asked for, {len(self._free)} of {self.count} are "
+                "free; shorten the prompts or give the engine more memory"
+            )
+        found = [self._free.pop() for _ in range(count)]
+        self._taken.update(found)
+        return found
+
+    def give_back(self, numbers: Sequence[int]) -> None:
+        """Free numbers. Raises EngineError, and frees none, if one is not lent or named twice."""
+        wrong = [n for n in numbers if n not in self._taken]
+        if wrong or len(set(numbers)) < len(numbers):
+            raise EngineError(
+                f"{self.what}: {list(numbers)} are given back and {wrong or 'one of them twice'} "
+                "was not taken"
+            )
+        self._taken.difference_update(numbers)
+        self._free.extend(numbers)
+
+    def check(self) -> None:
+        """Raise EngineError unless every number is free or lent, and none both."""
+        free = set(self._free)
+        if len(free) < len(self._free) or free & self._taken:
+            raise EngineError(f"{self.what}: a number is free twice, or free and lent")
+        if len(free) + len(self._taken) != self.count:
+            raise EngineError(
+                f"{self.what}: {len(free)} free and {len(self._taken)} lent of {self.count}; "
+                "some are lost"
+            )

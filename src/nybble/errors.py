@@ -13,6 +13,7 @@
         ContextTooLong        1   more tokens than the model or the cache holds
         OutOfPages            1   the page pool is exhausted
       EvaluationError         1   figures that must not be compared, or cannot be computed
+      ServeError              1   an address or a file of keys that a server must not start with
       CheckFailed             3   what was written is not what was planned
       DoesNotFit              4   not enough disk or memory; nothing was started
 
@@ -74,8 +75,20 @@ class OutOfPages(EngineError):
     """The page pool has no page left for what was asked."""
 
 
+class Busy(EngineError):
+    """The engine's queue is full; `retry_after_s` is when there may be room, a guess in seconds."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class EvaluationError(NybbleError):
     """Figures that cannot be computed, or whose conditions forbid comparing them."""
+
+
+class ServeError(NybbleError):
+    """An address that cannot or must not be listened on, or a file of keys that cannot be used."""
 
 
 class CheckFailed(NybbleError):

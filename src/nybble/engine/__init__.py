@@ -1,1 +1,1 @@
-"""Generating: requests in, tokens out. Its first form serves one sequence at a time."""
+"""Generating: requests in, tokens out; many at once, each as though it were alone."""

@@ -11,7 +11,7 @@ template's. Knows no token ids.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from nybble.text.folder import kind, read_bytes, read_object, token_text
 
 if TYPE_CHECKING:
     import jinja2
+    import jinja2.nodes
 
 # The longest published templates are below 100 kB.
 MAX_TEMPLATE_BYTES = 1000 * 1000
@@ -29,6 +30,15 @@ MAX_TEMPLATE_BYTES = 1000 * 1000
 _JINJA2 = (3, 1, 6)
 
 _TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+class TemplateError(TextError):
+    """A template that refuses a conversation, or fails at it. `reason` is the message without where
+    the template lies, for those who do not have the files."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +74,22 @@ class ChatTemplate:
         tokens = {name: token for name, token in named.items() if token is not None}
         return cls(origin, source, tokens, _compile(origin, source))
 
+    def variables(self) -> frozenset[str]:
+        """The names that the template looks up and does not set itself; `messages` is one of them,
+        and switches such as enable_thinking are, also where the template sets one that is not
+        given. What only its macros and loops have is not."""
+        from jinja2 import meta, nodes
+
+        tree = self._compiled.environment.parse(self.source)
+        inner = {
+            name.name
+            for scope in tree.find_all((nodes.For, nodes.Macro))
+            for name in scope.find_all(nodes.Name)
+            if name.ctx in ("store", "param")
+        }
+        # jinja2 lists these too where they are set in one branch and read behind it.
+        return frozenset(meta.find_undeclared_variables(tree) - (inner - set(_outer(tree))))
+
     def render(
         self,
         messages: Sequence[Mapping[str, object]],
@@ -96,11 +122,25 @@ class ChatTemplate:
         except TextError:
             raise
         except sandbox.Refused as error:
-            raise TextError(
-                f"{self.origin}: the chat template refuses this conversation: {error}"
-            ) from error
+            reason = f"the chat template refuses this conversation: {error}"
+            raise TemplateError(f"{self.origin}: {reason}", reason) from error
         except Exception as error:  # a template is a program, and may fail in any way
-            raise TextError(_failure(self.origin, error)) from error
+            reason = f"the chat template failed: {_cause(error)}"
+            raise TemplateError(_failure(self.origin, error), reason) from error
+
+
+def _outer(node: jinja2.nodes.Node) -> Iterator[str]:
+    """The names in a template outside of its loops and macros."""
+    from jinja2 import nodes
+
+    for child in node.iter_child_nodes():
+        if isinstance(child, nodes.For):
+            child = child.iter
+        if isinstance(child, nodes.Macro):
+            continue
+        if isinstance(child, nodes.Name):
+            yield child.name
+        yield from _outer(child)
 
 
 def _find(folder: Path, path: Path, config: dict[str, object]) -> tuple[str, str] | None:
@@ -180,11 +220,15 @@ def _failure(origin: str, error: Exception) -> str:
         if frame.filename == origin:
             line = frame.lineno
     where = f"{origin}, line {line}" if line else origin
-    text = getattr(error, "message", None) or str(error)  # jinja2's str() has lines of its own
     return (
-        f"{where}: the chat template failed: {type(error).__name__}: {text}; look at that line, or "
-        "pass the prompt as text without a template"
+        f"{where}: the chat template failed: {_cause(error)}; look at that line, or pass the "
+        "prompt as text without a template"
     )
+
+
+def _cause(error: Exception) -> str:
+    text = getattr(error, "message", None) or str(error)  # jinja2's str() has lines of its own
+    return f"{type(error).__name__}: {text}"
 
 
 def _plain(where: str, value: object) -> object:

@@ -107,7 +107,9 @@ class Tokenizer:
             ) from error
         with self._lock, _told(self.path):
             self._library.encode_special_tokens = not parse_special
-            return list(self._library.encode(text, add_special_tokens=add_special).ids)
+            # Of the library's functions, this one lets other threads of Python run meanwhile.
+            found = self._library.encode_batch_fast([text], add_special_tokens=add_special)
+            return list(found[0].ids)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of ids, without special tokens unless asked for.

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # for type checkers and editors; the table below is what runs
     from nybble.api.check import Checked as Checked
     from nybble.api.check import check as check_checkpoint  # noqa: F401
+    from nybble.api.completion import Completion as Completion
     from nybble.api.convert import Converted as Converted
     from nybble.api.convert import convert as convert_checkpoint  # noqa: F401
     from nybble.api.convert import from_gguf as convert_from_gguf  # noqa: F401
@@ -26,12 +27,15 @@ if TYPE_CHECKING:  # for type checkers and editors; the table below is what runs
     from nybble.api.generate import generate as generate_text  # noqa: F401
     from nybble.api.inspect import Inspection as Inspection
     from nybble.api.inspect import inspect as inspect_checkpoint  # noqa: F401
+    from nybble.api.llm import LLM as LLM
     from nybble.api.plan import plan as plan_checkpoint  # noqa: F401
     from nybble.api.quantize import Result as Result
     from nybble.api.quantize import quantize as quantize_checkpoint  # noqa: F401
     from nybble.api.repair import Repaired as Repaired
     from nybble.api.repair import repair as repair_checkpoint  # noqa: F401
     from nybble.api.repair import undo as undo_repair  # noqa: F401
+    from nybble.engine.request import Grammar as Grammar
+    from nybble.engine.request import SamplingParams as SamplingParams
     from nybble.errors import CheckFailed as CheckFailed
     from nybble.errors import CheckpointError as CheckpointError
     from nybble.errors import ContextTooLong as ContextTooLong
@@ -68,6 +72,10 @@ _WHERE = {
     "evaluate_checkpoint": ("nybble.api.evaluate", "evaluate"),
     "make_reference": ("nybble.api.evaluate", "reference"),
     "generate_text": ("nybble.api.generate", "generate"),
+    "LLM": ("nybble.api.llm", "LLM"),
+    "SamplingParams": ("nybble.engine.request", "SamplingParams"),
+    "Grammar": ("nybble.engine.request", "Grammar"),
+    "Completion": ("nybble.api.completion", "Completion"),
     "Protocol": ("nybble.api.evaluate", "Protocol"),
     "describe_machine": ("nybble.api.doctor", "doctor"),
     "Plan": ("nybble.plan.plan", "Plan"),

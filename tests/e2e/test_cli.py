@@ -367,8 +367,9 @@ def test_what_does_not_fit_is_4(
 
 
 SLOW_RUN = """
-import sys, time
+import signal, sys, time
 import nybble.quantize.run as run
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs without
 run.COMMIT_BYTES = 1
 true_copy, copies = run.Run._copy, []
 def copy(self, item):

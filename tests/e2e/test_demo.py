@@ -76,6 +76,12 @@ def test_the_packed_file_speaks(screen: str) -> None:
     assert "tokens/s at batch 1" in screen
 
 
+def test_it_ends_with_two_lines_to_serve_what_was_made(screen: str, folder: Path) -> None:
+    end = screen[screen.index("-- your own model") :]
+    assert f"nybble serve {folder / 'hybrid-chat-mtp' / 'nvfp4-all'}\ncurl " in end
+    assert "http://127.0.0.1:8000/v1/chat/completions" in end
+
+
 def test_what_is_not_real_is_said(screen: str) -> None:
     text = " ".join(screen.split())
     assert "vision tower (0.3 million) is random and untrained" in text

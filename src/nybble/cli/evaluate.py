@@ -38,7 +38,7 @@ Limit = Annotated[
     int | None, typer.Option("--windows", min=1, help="Score only the first so many windows.")
 ]
 PrecisionName = Annotated[
-    str, typer.Option("--precision", help="Activations in matmuls: bf16 or f32.")
+    str, typer.Option("--precision", help="Activations in matmuls: bf16, f32 or int8.")
 ]
 KvName = Annotated[
     str, typer.Option("--kv-cache-dtype", help="Cached keys and values: bf16 or f32.")
@@ -186,9 +186,10 @@ def _protocol(
 ) -> Protocol:
     from nybble.api.evaluate import Protocol
     from nybble.evaluate.windows import CONVENTIONS, SUITES
+    from nybble.kernels.compute import PRECISIONS
 
     for name, value, allowed in (
-        ("--precision", precision, ("bf16", "f32")),
+        ("--precision", precision, PRECISIONS),
         ("--kv-cache-dtype", kv_dtype, ("bf16", "f32")),
         ("--convention", convention, CONVENTIONS),
         ("--suite", suite, SUITES),

@@ -1,0 +1,500 @@
+"""A checkpoint that answers: `LLM(folder).generate([...])`.
+
+Requests of all threads go through one engine, in one loop of its own; here prompts become token
+ids, and events become completions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import operator
+import queue
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+from nybble.api.completion import Answer, Completion, Usage
+from nybble.api.extras import needs_torch
+from nybble.api.messages import check_messages
+from nybble.checkpoint.dialects import declaration_of
+from nybble.checkpoint.reader import Checkpoint
+from nybble.engine.request import Event, Request, SamplingParams, Token
+from nybble.engine.scheduler import EngineOptions
+from nybble.errors import ContextTooLong, EngineError, NybbleError, TextError
+from nybble.families import Dimensions
+from nybble.kernels.compute import PRECISIONS, Compute, Precision
+from nybble.kernels.dispatch import default_threads
+from nybble.machine import available_bytes
+from nybble.plan.memory import EngineMemory, default_budget, most_bytes, plan_memory
+from nybble.text.chat import ChatTemplate
+from nybble.text.generation_config import sampling_defaults
+from nybble.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nybble.engine.engine import Engine
+    from nybble.engine.limits import EngineStats
+    from nybble.engine.loop import EngineLoop
+
+log = logging.getLogger("nybble")
+
+CacheDtype = Literal["auto", "bf16", "fp8", "f32"]
+CACHE_DTYPES = ("auto", "bf16", "fp8", "f32")
+#: Choices that may wait: an LLM's callers are few and wait for what they asked.
+MOST_WAITING = 1 << 20
+MOST_THREADS = 256
+#: Requests of one call that the engine has at a time; each costs memory from when it is submitted.
+MOST_SUBMITTED = 256
+Prompt = str | Sequence[int]
+#: Called with the number of the prompt, that of the choice, and the token.
+OnToken = Callable[[int, int, Token], None]
+
+
+# ----------------------------------------------------------------------------------------- opening
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """How a checkpoint is opened to generate from it.
+
+    `memory` is what pages and recurrent states may take, in GiB; None goes by what is free.
+    `kv_cache_dtype` "auto" follows the checkpoint: FP8 where it declares its KV cache so (with the
+    scales it has, else 1.0, as other engines do), else BF16. `max_context` None is the model's own.
+    """
+
+    memory: float | None = None
+    kv_cache_dtype: CacheDtype = "auto"
+    max_sequences: int = 32
+    max_batched_tokens: int = 1024
+    max_context: int | None = None
+    precision: Precision = "bf16"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("kv_cache_dtype", CACHE_DTYPES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise EngineError(
+                    f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}"
+                )
+        for name, least, most in (("max_context", 2, 2**31), ("threads", 1, MOST_THREADS)):
+            value = getattr(self, name)
+            if value is not None and not (_is_whole(value) and least <= value <= most):
+                raise EngineError(
+                    f"{name} must be a whole number from {least} to {most:,}, found {value!r}"
+                )
+        if self.memory is not None and not (_is_real(self.memory) and 0 < self.memory < 2**20):
+            raise EngineError(
+                f"memory must be a number of GiB above 0 and below 2^20, found {self.memory!r}"
+            )
+        self.engine()
+
+    def engine(self) -> EngineOptions:
+        """The part that is the scheduler's. Raises EngineError for sizes that cannot be."""
+        return EngineOptions(self.max_sequences, self.max_batched_tokens)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return _is_whole(value) or isinstance(value, float)
+
+
+def open_engine(folder: str | PathLike[str], options: OpenOptions | None = None) -> Engine:
+    """An engine for a local checkpoint folder; its weights stay mapped as long as it lives.
+
+    Raises MissingExtra without torch, DoesNotFit for a memory budget that holds no sequence, and
+    what opening a checkpoint, its tokenizer and its model raise.
+    """
+    needs_torch("generating")
+    from nybble.engine.engine import Engine
+    from nybble.engine.grammar import GrammarWorker
+    from nybble.engine.model_runner import ModelRunner, StepSize
+    from nybble.engine.sampler import Sampler
+    from nybble.models.model import Model
+
+    options = options or OpenOptions()
+    sizes = options.engine()
+    checkpoint = Checkpoint.open(Path(folder))
+    tokenizer = Tokenizer.open(checkpoint.path)
+    model = Model(checkpoint)
+    network = model.network
+    context = _context(network.context, options.max_context)
+    dtype = _cache_dtype(checkpoint, options.kv_cache_dtype)
+    memory = _plan(checkpoint, network.dims, context, dtype, options)
+    pages = model.page_pool(memory.pages, sizes.page_tokens, dtype)
+    states = model.state_pool(memory.slots)
+    compute = Compute(options.precision, options.threads or default_threads())
+    vocab = network.dims.vocab
+    most = StepSize(
+        sizes.max_batched_tokens, sizes.max_sequences, sizes.max_outputs(vocab), context
+    )
+    runner = ModelRunner(model, pages, states, most, compute)
+    log.info(
+        "%s: KV cache %s, %d pages of %d tokens, %d recurrent states, %.2f GiB",
+        checkpoint.path,
+        *(dtype, memory.pages, sizes.page_tokens, memory.slots, memory.total_bytes / 2**30),
+    )
+    if memory.slots < sizes.max_sequences:
+        log.warning(
+            "%s: asked for %d sequences at once, memory holds the states of %d; give it more "
+            "(--memory)",
+            *(checkpoint.path, sizes.max_sequences, memory.slots),
+        )
+    return Engine(
+        runner,
+        tokenizer,
+        sizes,
+        pages.numbers,
+        states.numbers,
+        context,
+        Sampler(vocab, compute),
+        GrammarWorker(tokenizer.path, vocab, tokenizer.eos_ids),
+        clipped=lambda: pages.clipped,
+    )
+
+
+def _context(own: int, asked: int | None) -> int:
+    if asked is not None and asked > own:
+        raise ContextTooLong(
+            f"max_context {asked:,} is more than the model's own (max_position_embeddings), "
+            f"{own:,}; ask for less, or extend the model in config.json (YaRN)"
+        )
+    return asked or own
+
+
+def _cache_dtype(checkpoint: Checkpoint, asked: CacheDtype) -> str:
+    """The type of the KV cache: what is asked for, else what the checkpoint declares."""
+    if asked != "auto":
+        return asked
+    return "fp8" if declaration_of(checkpoint).kv_cache == "fp8" else "bf16"
+
+
+def _plan(
+    checkpoint: Checkpoint, dims: Dimensions, context: int, dtype: str, options: OpenOptions
+) -> EngineMemory:
+    """How many pages and slots the memory holds. Raises DoesNotFit for one too small."""
+    sizes: _Sizes = {
+        "max_sequences": options.max_sequences,
+        "context": context,
+        "page_tokens": options.engine().page_tokens,
+        "kv_dtype": dtype,
+    }
+    if options.memory is not None:
+        return plan_memory(dims, budget_bytes=int(options.memory * 2**30), **sizes)
+    available = available_bytes()
+    if available is None:
+        raise EngineError("this system does not say how much memory is free; say it with memory=")
+    weights = sum(info.nbytes for info in checkpoint.tensors.values())
+    budget = default_budget(available, weights, most_bytes(dims, **sizes))
+    return plan_memory(dims, budget_bytes=budget, **sizes)
+
+
+class _Sizes(TypedDict):
+    max_sequences: int
+    context: int
+    page_tokens: int
+    kv_dtype: str
+
+
+# ------------------------------------------------------------------------------------------ asking
+
+
+class LLM:
+    """A local checkpoint, quantized or not, ready to generate.
+
+        with LLM("folder", memory=8) as llm:
+            for done in llm.generate(["Once upon", "The sea"], SamplingParams(max_tokens=64)):
+                print(done.text)
+
+    Options are those of `OpenOptions`. Threads may share one: their requests run side by side.
+    Greedy and seeded results do not depend on what else runs. `close` it, or use it in a `with`.
+    """
+
+    def __init__(
+        self,
+        folder: str | PathLike[str],
+        *,
+        memory: float | None = None,
+        kv_cache_dtype: CacheDtype = "auto",
+        max_sequences: int = 32,
+        max_batched_tokens: int = 1024,
+        max_context: int | None = None,
+        precision: Precision = "bf16",
+        threads: int | None = None,
+    ) -> None:
+        """Raises what `open_engine` raises."""
+        options = OpenOptions(
+            memory,
+            kv_cache_dtype,
+            max_sequences,
+            max_batched_tokens,
+            max_context,
+            precision,
+            threads,
+        )
+        engine = open_engine(folder, options)
+        from nybble.engine.loop import EngineLoop
+
+        self.folder, self.options = Path(folder), options
+        self.limits, self.tokenizer = engine.limits, engine.tokenizer
+        self._numbers = itertools.count()
+        self._loop: EngineLoop | None = EngineLoop(engine, MOST_WAITING)
+        # The thread must have ended before the interpreter goes away.
+        self._stop = weakref.finalize(self, self._loop.stop)
+
+    @property
+    def context(self) -> int:
+        """The most tokens of a prompt and its continuation: the model's, or what the pages hold."""
+        return self.limits.room
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine does now, and has done."""
+        return self._running().stats
+
+    @cached_property
+    def default_params(self) -> SamplingParams:
+        """What the folder's generation_config.json recommends; greedy where it says nothing.
+
+        Raises TextError for a file that says what cannot be.
+        """
+        try:
+            return SamplingParams(**sampling_defaults(self.folder))  # type: ignore[arg-type]
+        except EngineError as error:
+            raise TextError(f"{self.folder / 'generation_config.json'}: {error}") from error
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        found = ChatTemplate.open(self.folder)
+        if found is None:
+            raise TextError(
+                f"{self.folder}: has no chat template, so a conversation has no form; generate "
+                "from a text instead (`nybble generate CKPT PROMPT`)"
+            )
+        return found
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_token: OnToken | None = None,
+    ) -> list[Completion]:
+        """Continue one prompt or many; a completion for each, in their order.
+
+        A prompt is a text, taken as it is, or a list of token ids. `params` are one for all, or one
+        for each; None is greedy. `on_token` is called with every token as it comes. Raises, before
+        anything runs, TextError and EngineError for a prompt that cannot run (ContextTooLong for
+        one too long). What fails later fails alone: see Completion. Ctrl-C cancels all of them.
+        """
+        listed = _listed(prompts)
+        each = _for_each(params, len(listed))
+        requests = [
+            self._request(prompt, own, f"prompt {i}: " if len(listed) > 1 else "")
+            for i, (prompt, own) in enumerate(zip(listed, each, strict=True))
+        ]
+        answers = [Answer(request, i) for i, request in enumerate(requests)]
+        with closing(self._events(answers)) as events:
+            for answer, event in events:
+                if on_token is not None and event.token is not None:
+                    on_token(answer.number, event.choice, event.token)
+        return [answer.completion() for answer in answers]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generator[Token, None, None]:
+        """The tokens that continue a prompt, as they come; leaving the iterator cancels the rest.
+
+        Raises what `generate` raises, at once, and EngineError where it comes to that.
+        """
+        return _only_tokens(self.stream_with_usage(prompt, params))
+
+    def stream_with_usage(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generator[tuple[Token, Usage], None, None]:
+        """`stream`, and with each token what the request took until the engine had made it."""
+        [own] = _for_each(params, 1)
+        if own.n != 1:
+            raise EngineError(f"a stream has one choice, found n = {own.n}; use generate")
+        return self._stream(self._request(prompt, own, ""))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
+    ) -> str:
+        """The text of a conversation up to where the answer begins, by the folder's chat template.
+
+        `variables` are the template's, such as enable_thinking. Raises TextError, also for a
+        message that is not one: a mapping with a `role`, and a `content` that is a text, None, or
+        a list of parts of type text.
+        """
+        checked = check_messages(messages)
+        return self._template.render(checked, tools=tools, **(variables or {}))  # type: ignore[arg-type]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] | None = None,
+        on_token: OnToken | None = None,
+    ) -> Completion:
+        """Answer a conversation; None for `params` is what the model's publisher recommends.
+
+        Raises TextError for a folder without a chat template, for messages that are none (see
+        `render`) and for what the template refuses.
+        """
+        text = self.render(messages, tools=tools, variables=variables)
+        params = self.default_params if params is None else params
+        return self.generate(self.encode(text), params, on_token=on_token)[0]
+
+    def encode(self, rendered: str) -> list[int]:
+        """Token ids of a rendered conversation, whose template wrote the special tokens itself."""
+        return self.tokenizer.encode(rendered, add_special=False)
+
+    def close(self) -> None:
+        """Cancel what still runs and give the memory back. May be called twice."""
+        self._stop()
+        self._loop = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -------------------------------------------------------------------------------- one request
+
+    def _request(self, prompt: Prompt, params: SamplingParams, where: str) -> Request:
+        try:
+            if isinstance(prompt, str):
+                ids = self.tokenizer.encode(prompt, add_special=True)
+            else:
+                ids = _token_ids(prompt)
+            request = Request(f"llm-{next(self._numbers)}", tuple(ids), params)
+            self.limits.validate(request)
+        except NybbleError as error:
+            raise type(error)(f"{where}{error}") from error
+        return request
+
+    def _stream(self, request: Request) -> Generator[tuple[Token, Usage], None, None]:
+        answer = Answer(request, 0)
+        with closing(self._events([answer])) as events:
+            for _, event in events:
+                if event.token is not None:
+                    yield event.token, answer.usage
+                if answer.errors[0]:
+                    raise EngineError(answer.errors[0])
+
+    def _events(self, answers: Sequence[Answer]) -> Generator[tuple[Answer, Event], None, None]:
+        """Submit, and yield what comes until all are done; those that are not are cancelled."""
+        loop = self._running()
+        inbox: queue.SimpleQueue[tuple[Event, float]] = queue.SimpleQueue()
+
+        def receive(event: Event) -> None:
+            """In the engine's thread: who reads the events late does not change their time."""
+            inbox.put((event, time.perf_counter()))
+
+        waiting, running = deque(answers), dict[str, Answer]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < MOST_SUBMITTED:
+                    answer = waiting.popleft()
+                    running[answer.request.id] = answer
+                    loop.submit(answer.request, receive)
+                event, made = inbox.get()
+                answer = running[event.request]
+                answer.take(event, made)
+                if answer.is_done:
+                    del running[event.request]
+                yield answer, event
+        finally:
+            for identity in running:
+                loop.cancel(identity)
+
+    def _running(self) -> EngineLoop:
+        if self._loop is None:
+            raise EngineError("this LLM was closed; make another")
+        return self._loop
+
+
+def _only_tokens(
+    stream: Generator[tuple[Token, Usage], None, None],
+) -> Generator[Token, None, None]:
+    with closing(stream):
+        for token, _ in stream:
+            yield token
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, a text or numbers, or several, as a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items = _items("prompts", prompts)
+    if items and _is_number(items[0]):
+        return [items]  # type: ignore[list-item]
+    return items  # type: ignore[return-value]
+
+
+def _is_number(item: object) -> bool:
+    """Also a number of an array, which itself has an __index__ too."""
+    return isinstance(item, float) or (hasattr(item, "__index__") and not getattr(item, "shape", 0))
+
+
+def _items(what: str, given: object) -> list[object]:
+    """What a list or an array holds. Raises EngineError for what has no order, or none."""
+    if not isinstance(given, (bytes, bytearray, Mapping, Set)):
+        try:
+            return list(given)  # type: ignore[call-overload, no-any-return]
+        except TypeError:
+            pass
+    hint = "; a conversation is for chat" if isinstance(given, Mapping) else ""
+    raise EngineError(
+        f"{what}: expected a text or a list of token ids, found a {type(given).__name__}{hint}"
+    )
+
+
+def _token_ids(prompt: object) -> list[int]:
+    found = []
+    for token in _items("the prompt", prompt):
+        try:
+            found.append(operator.index(token))  # type: ignore[arg-type]
+        except TypeError:
+            raise EngineError(f"the prompt: expected token ids, found {token!r}") from None
+        if isinstance(token, bool):
+            raise EngineError(f"the prompt: expected token ids, found {token!r}")
+    return found
+
+
+def _for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if not isinstance(params, (list, tuple)):
+        raise EngineError(f"params: expected SamplingParams, found a {type(params).__name__}")
+    if len(params) != count:
+        raise EngineError(f"{count} prompts and {len(params)} params; give one, or one for each")
+    for i, own in enumerate(params):
+        if not isinstance(own, SamplingParams):
+            raise EngineError(f"params[{i}]: expected SamplingParams, found a {type(own).__name__}")
+    return params

@@ -44,8 +44,8 @@ def nybble_work(folder: Path, windows: list[list[int]]) -> Work:
     import numpy as np
     import torch
 
+    from nybble.api.llm import LLM
     from nybble.checkpoint.reader import Checkpoint
-    from nybble.engine.engine import Engine
     from nybble.engine.request import SamplingParams
     from nybble.evaluate.score import score
     from nybble.evaluate.windows import Window
@@ -53,10 +53,9 @@ def nybble_work(folder: Path, windows: list[list[int]]) -> Work:
     from nybble.models.model import Model
     from nybble.progress import Progress
     from nybble.stream.executor import Stream
-    from nybble.text.tokenizer import Tokenizer
 
     model = Model(Checkpoint.open(folder))
-    engine = Engine(model, Tokenizer.open(folder))
+    llm = LLM(folder, max_sequences=1)
 
     class Source:
         def __init__(self, stream: Stream) -> None:
@@ -70,7 +69,7 @@ def nybble_work(folder: Path, windows: list[list[int]]) -> Work:
 
     def decode() -> float:
         params = SamplingParams(max_tokens=NEW + 1, ignore_eos=True)
-        times = [time.perf_counter() for _ in engine.generate(windows[0][:PROMPT], params)]
+        times = [time.perf_counter() for _ in llm.stream(windows[0][:PROMPT], params)]
         return times[-1] - times[0]
 
     return {"score": scoring, "decode": decode}

@@ -566,6 +566,9 @@ def demonstrate(out: Path, *, offline: bool) -> None:
         heading("model 2: SmolLM2-135M-Instruct")
         show_second(out / "smollm2-135m")
     heading("your own model")
+    served = out / ("hybrid-chat-mtp" if offline else "smollm2-135m") / "nvfp4-all"
+    if not served.exists():  # the second model could not be had
+        served = out / "hybrid-chat-mtp" / "nvfp4-all"
     say(
         f""". {short(ROOT / ".venv" / "bin" / "activate")}
 nybble plan MODEL                             what happens to every tensor; headers are enough
@@ -574,12 +577,16 @@ nybble check OUT --source MODEL               what is wrong with it; anybody's, 
 nybble repair OUT MENDED --source MODEL       mend that without quantizing again
 nybble convert OUT OTHER --to gguf            or compressed-tensors, modelopt, bf16
 nybble eval OUT --reference MODEL             KL divergence, top-1 agreement, perplexity
-nybble generate OUT "prompt"                  let it speak
+nybble generate OUT "prompt"                  let it speak; nybble chat OUT talks with you
 nybble inspect OUT                            what a checkpoint declares, and what it holds
 nybble diff MODEL OUT                         what differs between two checkpoints
 python {short(ROOT / "examples" / "decode.py")} OUT --source MODEL
 
-The checkpoints of this demo are in {short(out)}"""
+The checkpoints of this demo are in {short(out)}. One of them behind an OpenAI endpoint:
+
+nybble serve {short(served)}
+curl --json '{{"messages": [{{"role": "user", "content": "{PROMPTS[served.parent.name]}"}}]}}' \\
+  http://127.0.0.1:8000/v1/chat/completions"""
     )
 
 

@@ -111,13 +111,13 @@ def test_the_35b_contradicts_itself_in_three_places(the_35b: Path) -> None:
     assert "no k_scale or v_scale is stored: engines use 1.0" in of(found, "NB319")[0].message
 
 
-def test_all_rules_on_a_35b_take_less_than_a_second(the_35b: Path) -> None:
+def test_no_rule_is_quadratic_on_a_35b(the_35b: Path) -> None:
     survey = Survey.open(the_35b)
     survey.contents  # noqa: B018  shared with every other subject
     began = time.process_time()
     found = [finding for rule in RULES for finding in rule.look(survey)]
     assert found
-    assert time.process_time() - began < 1  # measured: 0.15 s
+    assert time.process_time() - began < 30  # measured: 0.15 s; a quadratic rule takes minutes
 
 
 def test_the_27b_is_consistent(tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ def numbers(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def written(slot: int, tokens: int) -> Tensor:
+    """The last state of one sequence goes to a slot."""
+    return numbers(*[-1] * (tokens - 1), slot)
+
+
 def theirs(mixed: Tensor, g: Tensor, beta: Tensor, state: Tensor, is_recurrent: bool) -> object:
     """transformers' function on the same tokens: one sequence, state carried."""
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as peer
@@ -85,7 +90,7 @@ def delta_calls(tokens: int, is_recurrent: bool, compute: Compute) -> tuple[Call
     mixed = torch.randn(tokens, CHANNELS)
     g, beta = -torch.rand(tokens, HV), torch.rand(tokens, HV)
     state = torch.zeros(1, HV, D, D)
-    place = (numbers(0, tokens), numbers(CHUNK), numbers(0))
+    place = (numbers(0, tokens), numbers(CHUNK), numbers(0), written(0, tokens))
     recurrent = numbers(is_recurrent)
 
     def ours() -> Tensor:
@@ -100,7 +105,7 @@ def others(tokens: int, compute: Compute) -> dict[str, tuple[Call, Call]]:
     """The operations around it, and what torch offers for each."""
     x, weight = torch.randn(tokens, CHANNELS), torch.randn(CHANNELS, TAPS)
     conv_state = torch.zeros(1, TAPS - 1, CHANNELS)
-    place = (numbers(0, tokens), numbers(CHUNK), numbers(0))
+    place = (numbers(0, tokens), numbers(CHUNK), numbers(0), written(0, tokens))
     a, b, vector = torch.randn(tokens, HV), torch.randn(tokens, HV), torch.randn(HV)
     hidden, norm = torch.randn(tokens, WIDTH), torch.randn(WIDTH)
     heads, head_norm = torch.randn(tokens, HV, D), torch.randn(D)
@@ -122,7 +127,7 @@ def others(tokens: int, compute: Compute) -> dict[str, tuple[Call, Call]]:
         ),
         "rms_norm": (
             lambda: elementwise.rms_norm(hidden, norm, 1e-6, offset=1.0, compute=compute),
-            lambda: reference.rms_norm(hidden, norm, 1e-6, 1.0, compute),
+            lambda: reference.rms_norm(hidden, norm, 1e-6, 1.0, None, compute),
         ),
         "gated_rms_norm": (
             lambda: elementwise.gated_rms_norm(
@@ -158,7 +163,8 @@ def record_decode(states: Tensor, threads: int) -> Program:
     x, ba = torch.randn(batch, CHANNELS + HV * D), torch.randn(batch, 2 * HV)
     conv_states = torch.randn(layers, batch, TAPS - 1, CHANNELS)
     weights, vector = torch.randn(layers, CHANNELS, TAPS), torch.randn(HV)
-    place = (numbers(*range(batch + 1)), numbers(*[CHUNK] * batch), numbers(*range(batch)))
+    slots = numbers(*range(batch))
+    place = (numbers(*range(batch + 1)), numbers(*[CHUNK] * batch), slots, slots)
     recurrent = numbers(*[1] * batch)
     program = Program(tokens=batch, sequences=batch, outputs=batch)
     program.keep((states, x, ba, conv_states, weights, vector, place, recurrent))

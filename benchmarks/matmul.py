@@ -53,7 +53,7 @@ SHAPES = {  # name -> (N, K)
     "35B expert down": (2048, 512),
 }
 WEIGHTS = ("nvfp4", "nvfp4/int8", "fp8_channel", "bf16")
-ROWS = (1, 2, 4, 8, 16, 32, 512)
+ROWS = (1, 2, 3, 4, 5, 8, 16, 32, 512)
 #: Weights that a call finds in no cache: the third holds 32 MB here.
 COLD_BYTES = 128 << 20
 #: Shorter calls are repeated until a measurement takes this long.

@@ -210,6 +210,23 @@ def test_a_row_never_depends_on_its_batch_or_the_threads(
             assert torch.equal(part, whole[first : first + m]), f"rows {first}..{first + m}"
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
+def test_many_long_rows_have_the_bits_of_few(backend: str, kind: str, precision: Precision) -> None:
+    """Rows of x that the second cache does not hold go through K in pieces, for several windows of
+    weight rows at once; the last windows overlap the ones before them."""
+    if backend == "reference":
+        pytest.skip("the definition is torch's matmul, which sums as it likes")
+    n, k = 77, 4256
+    w = weight_of(kind, n, k)
+    group, x = prepare([w]), rows(250, k)
+    whole = matmul(x, group, Compute(precision, 2))
+    assert_close(whole, x, [w], precision, f"{kind} {backend}")
+    for first, m in ((0, 1), (63, 5), (122, 6), (242, 8), (100, 60)):
+        part = matmul(x[first : first + m], group, Compute(precision, 1))
+        assert torch.equal(part, whole[first : first + m]), f"rows {first}, {m} of them"
+
+
 def test_threads_of_the_caller_do_not_share_memory(backend: str) -> None:
     group = prepare([weight_of("nvfp4", 40, 512)])
     inputs = [rows(9, 512, seed) for seed in range(4)]

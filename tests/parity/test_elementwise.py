@@ -74,6 +74,16 @@ def test_rms_norm_equals_float64(backend: str, width: int, offset: float) -> Non
     assert_close(found, normed(x, weight, offset))
 
 
+def test_a_norm_is_written_into_part_of_a_wider_row(backend: str) -> None:
+    torch.manual_seed(3)
+    x, weight, wide = torch.randn(5, 37), torch.rand(37), torch.full((5, 90), 7.0)
+    found = rms_norm(x, weight, EPS, offset=1.0, out=wide[:, 20:57], compute=MANY)
+    assert found.data_ptr() == wide[:, 20:].data_ptr()
+    assert torch.equal(wide[:, 20:57], rms_norm(x, weight, EPS, offset=1.0, compute=ONE))
+    assert (wide[:, :20] == 7).all()
+    assert (wide[:, 57:] == 7).all()
+
+
 @pytest.mark.parametrize("activation", ["silu", "sigmoid"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_gated_rms_norm_equals_float64(backend: str, width: int, activation: str) -> None:
@@ -232,6 +242,10 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
     x = torch.ones(4, 6)
     with pytest.raises(EngineError, match=r"weight must be contiguous torch.float32 \[6\]"):
         rms_norm(x, torch.ones(5), EPS, offset=0.0, compute=ONE)
+    with pytest.raises(EngineError, match=r"out must be float32 \[4, 6\]"):
+        rms_norm(x, torch.ones(6), EPS, offset=0.0, out=torch.ones(4, 5), compute=ONE)
+    with pytest.raises(EngineError, match=r"with out, x must be \[T, H\], found \[4, 2, 3\]"):
+        rms_norm(x.view(4, 2, 3), torch.ones(3), EPS, offset=0.0, out=x, compute=ONE)
     with pytest.raises(EngineError, match="found torch.bfloat16"):
         silu_mul(x.bfloat16(), ONE)
     with pytest.raises(EngineError, match=r"\[M, 2 I\]"):

@@ -109,7 +109,9 @@ class Case:
         empty = (torch.full(shape, torch.nan).to(self.dtype) for _ in range(2))
         self.pages = Pages(*empty, *self.scales, self.clipped)
 
-    def run(self, pieces: list[tuple[int, int, int]], window: int = 0, threads: int = 2) -> Tensor:
+    def run(
+        self, pieces: list[tuple[int, int, int]], window: int = 0, threads: int = 2, first: int = 0
+    ) -> Tensor:
         """Write and attend one batch: (sequence, first, end) of each of its pieces."""
         which = [p[0] for p in pieces]
         starts = ints(0, *torch.tensor([e - f for _, f, e in pieces]).cumsum(0).tolist())
@@ -125,15 +127,16 @@ class Case:
             lengths,
             scale=self.scale,
             window=window,
+            first=first,
             compute=Compute(threads=threads),
         )
 
-    def whole(self, window: int = 0, threads: int = 2) -> list[Tensor]:
+    def whole(self, window: int = 0, threads: int = 2, first: int = 0) -> list[Tensor]:
         """All sequences at once, from nothing."""
-        found = self.run([(b, 0, n) for b, n in enumerate(self.lengths)], window, threads)
+        found = self.run([(b, 0, n) for b, n in enumerate(self.lengths)], window, threads, first)
         return list(found.split(self.lengths))
 
-    def wanted(self, b: int, window: int = 0) -> Tensor:
+    def wanted(self, b: int, window: int = 0, first: int = 0) -> Tensor:
         """Sequence b by dense attention in float64 on what the pages can hold."""
         q = self.q[b].double()
         k, v = (
@@ -144,6 +147,7 @@ class Case:
         unseen = at[None] > at[:, None]
         if window:
             unseen |= at[None] <= at[:, None] - window
+        unseen |= (at[None] < first) & (at[None] != at[:, None])
         scores = torch.einsum("ihd,jhd->hij", q, k) * self.scale
         p = scores.masked_fill(unseen, -torch.inf).softmax(-1)
         return torch.einsum("hij,jhd->ihd", p, v).float()
@@ -189,6 +193,29 @@ def test_window(backend: str, window: int) -> None:
         torch.testing.assert_close(found, case.wanted(b, window), atol=ATOL, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("first", "window"), [(1, 0), (1, 40), (64, 0), (70, 100), (300, 0)])
+def test_positions_before_the_first_are_alone(
+    backend: str, first: int, window: int, dtype: torch.dtype
+) -> None:
+    """Each is seen by its own query alone, which shows where it holds NaN."""
+    case = Case([331, 1, 66], kv_heads=1, dtype=dtype)
+    wanted = [case.wanted(b, window, first) for b in range(3)]
+    for found, right in zip(case.whole(window, first=first), wanted, strict=True):
+        torch.testing.assert_close(found, right, atol=ATOL, rtol=0)
+    found = case.run([(0, 330, 331), (2, 64, 66)], window, first=first)
+    right = torch.cat([wanted[0][330:], wanted[2][64:]])
+    torch.testing.assert_close(found, right, atol=ATOL, rtol=0)
+    clean = case.whole(window, first=first)[0]
+    case.k[0][first - 1] = torch.nan
+    if backend != "reference":  # there a weight of 0 is multiplied with the value
+        case.v[0][first - 1] = torch.nan
+    found = case.whole(window, first=first)[0]
+    assert found[first - 1].isnan().all()
+    clean[first - 1] = torch.nan
+    torch.testing.assert_close(found, clean, atol=ATOL, rtol=0, equal_nan=True)
+
+
 def test_pages_before_the_window_may_be_gone(backend: str) -> None:
     case = Case([650], page_tokens=16)
     case.run([(0, 0, 640)], window=40)
@@ -214,38 +241,41 @@ def test_large_scores_do_not_overflow(backend: str) -> None:
 # ----------------------------------------------------------------------------------------- bits
 
 
-@pytest.mark.parametrize("window", [0, 90])
+@pytest.mark.parametrize(("window", "first"), [(0, 0), (90, 0), (0, 1), (90, 66)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_neighbours_pages_and_threads_leave_the_bits(
-    compiled: str, dtype: torch.dtype, window: int
+    compiled: str, dtype: torch.dtype, window: int, first: int
 ) -> None:
     case = Case([600, 77, 130], dtype=dtype)
-    whole = case.whole(window, threads=1)
+    whole = case.whole(window, 1, first)
     for threads in (2, 5):
-        for found, wanted in zip(case.whole(window, threads), whole, strict=True):
+        for found, wanted in zip(case.whole(window, threads, first), whole, strict=True):
             assert torch.equal(found, wanted)
     for page_tokens in (7, 64, 1000):
         case.place(page_tokens)
         cuts = [0, 5, 64, 197, 198, 511, 600]
-        for first, end in zip(cuts, cuts[1:], strict=False):
-            found = case.run([(0, first, end)], window)
-            assert torch.equal(found, whole[0][first:end]), (page_tokens, first)
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            found = case.run([(0, begin, end)], window, first=first)
+            assert torch.equal(found, whole[0][begin:end]), (page_tokens, begin)
     case.place(16)
-    case.run([(1, 0, 70), (2, 0, 1), (0, 0, 599)], window)
-    found = case.run([(0, 599, 600), (2, 1, 130), (1, 70, 77)], window)
+    case.run([(1, 0, 70), (2, 0, 1), (0, 0, 599)], window, first=first)
+    found = case.run([(0, 599, 600), (2, 1, 130), (1, 70, 77)], window, first=first)
     assert torch.equal(found, torch.cat([whole[0][599:], whole[2][1:], whole[1][70:]]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("group", "head_dim", "window"), [(3, 64, 0), (8, 144, 0), (7, 32, 300)])
+@pytest.mark.parametrize(
+    ("group", "head_dim", "window", "first"),
+    [(3, 64, 0, 0), (8, 144, 0, 0), (7, 32, 300, 0), (4, 64, 0, 1), (3, 20, 0, 257)],
+)
 def test_decode_has_the_bits_of_prefill(
-    compiled: str, group: int, head_dim: int, window: int, dtype: torch.dtype
+    compiled: str, group: int, head_dim: int, window: int, first: int, dtype: torch.dtype
 ) -> None:
     case = Case([1090], kv_heads=1, group=group, head_dim=head_dim, dtype=dtype)
-    whole = case.whole(window)[0]
+    whole = case.whole(window, first=first)[0]
     for at in (0, 1, 63, 64, 255, 256, 257, 1024, 1089):
         for threads in (1, 3):
-            found = case.run([(0, at, at + 1)], window, threads)
+            found = case.run([(0, at, at + 1)], window, threads, first)
             assert torch.equal(found[0], whole[at])
 
 
@@ -469,14 +499,18 @@ def test_replayed_calls_have_the_bits_of_direct_ones(compiled: str) -> None:
     with program.recording():
         write(k, v, case.pages, table, starts, lengths, compute)
         out = attention(
-            q, case.pages, table, starts, lengths, scale=case.scale, window=90, compute=compute
+            *(q, case.pages, table, starts, lengths),
+            scale=case.scale,
+            window=90,
+            first=70,
+            compute=compute,
         )
     assert program.names == ["nyb_paged_write", "nyb_paged_attention"]
     table[:, : case.table.shape[1]] = case.table
     mine, pieces = case.pages, [(0, 0, 400), (1, 0, 77), (2, 0, 64)]
     for batch in (pieces, [(2, 64, 65), (0, 400, 401)], [(1, 0, 0)]):
         case.pages = Pages(mine.keys.clone(), mine.values.clone(), *case.scales)
-        wanted = case.run(batch, window=90)
+        wanted = case.run(batch, window=90, first=70)
         count = len(batch)
         table[:count, : case.table.shape[1]] = case.table[[b for b, _, _ in batch]]
         counts = torch.tensor([0, *(e - f for _, f, e in batch)])
@@ -550,6 +584,7 @@ def test_empty_batches_and_sequences(backend: str) -> None:
         ({"table": ints(0, 9)[None]}, "needs pages"),
         ({"table": ints(0, -1)[None]}, "needs pages"),
         ({"window": -1}, "window must be"),
+        ({"first": -1}, "first must be"),
         ({"scale": 0.0}, "scale must be positive"),
         ({"scale": float("nan")}, "scale must be positive"),
         ({"pages": Pages(torch.zeros(3, 2, 16, 40), torch.zeros(3, 2, 16, 8))}, "pages.values"),

@@ -1,17 +1,20 @@
-"""Log-likelihoods and divergences are those of torch in float64, over vocabularies of any size."""
+"""Log-likelihoods and divergences are those of torch in float64, over vocabularies of any size;
+likeliest entries those of numpy."""
 
 from __future__ import annotations
 
 from dataclasses import astuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from nybble.errors import EvaluationError
+from nybble.errors import EngineError, EvaluationError
 from nybble.kernels import dispatch
 from nybble.kernels.compute import Compute
-from nybble.kernels.vocabulary import divergence, log_likelihood
+from nybble.kernels.program import Program
+from nybble.kernels.vocabulary import divergence, likeliest, log_likelihood
 
 BACKENDS = ["reference", *dispatch.ISAS]
 #: The exponentials are good to 5e-12 relative, all in the same direction at worst.
@@ -192,3 +195,76 @@ def test_refused(backend: str, logits: Tensor, targets: Tensor, message: str) ->
 def test_vocabularies_of_different_size_are_refused(backend: str) -> None:
     with pytest.raises(EvaluationError, match=r"candidate must be contiguous float32 \[2, 9\]"):
         divergence(torch.zeros(2, 9), torch.zeros(2, 8), torch.tensor([1, 2]), Compute())
+
+
+# ------------------------------------------------------------------------------ the likeliest entry
+
+
+def chosen(logits: Tensor, threads: int = 2) -> list[int]:
+    out = torch.full((len(logits),), -7, dtype=torch.int64)
+    likeliest(logits, out, Compute(threads=threads))
+    return out.tolist()
+
+
+@pytest.mark.parametrize("vocabulary", [*SIZES, 151_936])
+def test_the_likeliest_is_numpys(backend: str, vocabulary: int) -> None:
+    """Also of rows that are parts of wider ones, next to larger numbers; on one thread and more."""
+    x, _, _ = pair(5, vocabulary)
+    wide = torch.full((5, vocabulary + 9), 1e9)
+    wide[:, 4 : vocabulary + 4] = x
+    expected = x.numpy().argmax(axis=1).tolist()
+    assert chosen(x) == chosen(x, 1) == chosen(wide[:, 4 : vocabulary + 4]) == expected
+
+
+@pytest.mark.parametrize("vocabulary", SIZES)
+@pytest.mark.parametrize("levels", [1, 3])
+def test_of_equals_the_lowest_is_chosen(backend: str, vocabulary: int, levels: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    x = torch.randint(-levels, 1, (6, vocabulary), generator=generator).float()
+    x[1] = -torch.inf
+    x[2, ::2] = -0.0  # equals 0
+    assert chosen(x) == x.numpy().argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize("vocabulary", SIZES)
+def test_nan_is_never_the_likeliest(backend: str, vocabulary: int) -> None:
+    """Unless there is nothing else: then it is the first entry."""
+    x, _, _ = pair(6, vocabulary)
+    generator = torch.Generator().manual_seed(vocabulary)
+    x[torch.rand(x.shape, generator=generator) < 0.5] = torch.nan
+    x[1] = torch.nan
+    x[2], x[2, -1] = torch.nan, -torch.inf
+    x[3, 0], x[3, -1] = torch.nan, torch.inf
+    best = np.fmax.reduce(x.numpy(), axis=1, keepdims=True)
+    expected = (x.numpy() == best).argmax(axis=1).tolist()
+    assert chosen(x) == expected
+    assert expected[1] == 0
+    assert expected[2] == expected[3] == vocabulary - 1
+
+
+def test_the_likeliest_is_recorded(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("programs hold compiled kernels")
+    x, _, _ = pair(4, 1111)
+    out = torch.full((4,), -7, dtype=torch.int64)
+    program = Program(tokens=9, sequences=4, outputs=1)
+    with program.recording(), program.counting("sequences"):
+        likeliest(x, out, Compute(threads=1, program=program))
+    program.run(tokens=0, sequences=3, outputs=0)
+    assert out.tolist() == [*x[:3].argmax(-1).tolist(), -7]
+
+
+@pytest.mark.parametrize(
+    ("logits", "out", "message"),
+    [
+        (torch.zeros(2, 9), torch.zeros(3, dtype=torch.int64), r"out must be .* \[2\]"),
+        (torch.zeros(2, 9), torch.zeros(2, dtype=torch.int32), "torch.int32"),
+        (torch.zeros(2, 9).double(), torch.zeros(2, dtype=torch.int64), "torch.float64"),
+        (torch.zeros(9, 2).T, torch.zeros(2, dtype=torch.int64), "contiguous rows"),
+        (torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), "V > 0"),
+        (torch.zeros(9), torch.zeros(1, dtype=torch.int64), r"\[M, V\]"),
+    ],
+)
+def test_no_likeliest_of(backend: str, logits: Tensor, out: Tensor, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        likeliest(logits, out, Compute())

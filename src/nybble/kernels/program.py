@@ -35,16 +35,22 @@ _PATCH = np.dtype([("value", np.int64), ("count", np.int64), ("each", np.int64)]
 
 
 class Program:
-    """Records kernel calls, then replays them. `most` are the sizes at which it records."""
+    """Records kernel calls, then replays them. `most` are the sizes at which it records.
 
-    def __init__(self, *, tokens: int, sequences: int, outputs: int) -> None:
+    With `beside` it takes its memory from what that finished program does not hold on to: replays
+    of the two overwrite each other's intermediate results, and the memory is there once.
+    """
+
+    def __init__(
+        self, *, tokens: int, sequences: int, outputs: int, beside: Program | None = None
+    ) -> None:
         self.most = {"tokens": tokens, "sequences": sequences, "outputs": outputs}
         self.names: list[str] = []
         self._rows: Count = "tokens"
         self._values: list[int] = []
         self._records: list[tuple[int, int]] = []
         self._patches: list[tuple[int, int, int]] = []
-        self._arena = _Arena()
+        self._arena: _Arena = _Arena() if beside is None else beside._arena
         self._kept: list[object] = []
         self._code: _Code | None = None
 
@@ -100,7 +106,7 @@ class Program:
 
     @property
     def arena_bytes(self) -> int:
-        """What the intermediate results take."""
+        """What the intermediate results take, those of programs beside it included."""
         return self._arena.size
 
     def run(
@@ -110,9 +116,11 @@ class Program:
         sequences: int,
         outputs: int,
         ticks: NDArray[np.int64] | None = None,
+        calls: tuple[int, int] | None = None,
     ) -> None:
         """Replay for a batch of these sizes; the interpreter lock is free meanwhile. `ticks` int64
-        [calls]: the nanoseconds of each call are added.
+        [calls]: the nanoseconds of each call are added. `calls`: only those from one number to
+        before another.
 
         Raises EngineError for sizes beyond the recorded ones, DoesNotFit where a kernel finds no
         memory.
@@ -121,7 +129,7 @@ class Program:
         for count, size in zip(_COUNTS, (tokens, sequences, outputs), strict=True):
             if not 0 <= size <= self.most[count]:
                 raise EngineError(f"a step of {size} {count}; it was made for {self.most[count]}")
-        failed = self._code.run((tokens, sequences, outputs), ticks)
+        failed = self._code.run((tokens, sequences, outputs), ticks, calls)
         if failed:
             raise DoesNotFit(f"{self.names[failed - 1]}: no memory for its scratch")
 
@@ -152,9 +160,22 @@ class _Code:
             self.counts.ctypes.data,
         )
 
-    def run(self, counts: tuple[int, int, int], ticks: NDArray[np.int64] | None) -> int:
+    def run(
+        self,
+        counts: tuple[int, int, int],
+        ticks: NDArray[np.int64] | None,
+        calls: tuple[int, int] | None,
+    ) -> int:
+        """0, or 1 + the number of the call that failed."""
         self.counts[:] = counts
-        return int(self.function(*self.arguments, None if ticks is None else ticks.ctypes.data))
+        clock = None if ticks is None else ticks.ctypes.data
+        if calls is None:
+            return int(self.function(*self.arguments, clock))
+        first, end = calls
+        at = self.arguments[0] + first * _RECORD.itemsize
+        clock = None if clock is None else clock + first * 8
+        failed = int(self.function(at, end - first, *self.arguments[2:], clock))
+        return failed and first + failed
 
 
 def _bits(letter: str, value: int | float | None) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nybble.kernels import paged_attention
+from nybble.kernels.compute import Compute
 from nybble.kernels.elementwise import rms_norm, rotary, sigmoid_mul
 from nybble.kernels.paged_attention import Pages
 from nybble.models.linear import Linear, Mode
@@ -21,7 +22,8 @@ from nybble.models.state import Batch
 @dataclass(frozen=True, slots=True)
 class Attention:
     """One attention mixer. `qkv` puts query (per head: query rows, then gate rows), key and value
-    side by side; norms are float32 [head dim] or None."""
+    side by side; norms are float32 [head dim] or None. Positions before `first` are seen by none
+    but themselves."""
 
     network: Network
     qkv: Linear
@@ -29,25 +31,46 @@ class Attention:
     query_norm: Tensor | None
     key_norm: Tensor | None
     window: int
+    first: int = 0
 
     def __call__(self, x: Tensor, batch: Batch, cache: Pages, mode: Mode) -> Tensor:
         """x float32 [T, H] -> float32 [T, H]; appends keys and values to the pages."""
-        dims, compute = self.network.dims, mode.compute
-        query, gate, key, value = self._split(self.qkv(x, mode))
-        if self.query_norm is not None and self.key_norm is not None:
-            offset, eps = self.network.architecture.norm_offset, self.network.eps
-            query = rms_norm(query, self.query_norm, eps, offset=offset, compute=compute)
-            key = rms_norm(key, self.key_norm, eps, offset=offset, compute=compute)
-        rotary(query, batch.cos, batch.sin, compute)
-        rotary(key, batch.cos, batch.sin, compute)
+        return self.attend(self.enter(x, batch, cache, mode), batch, cache, mode)
+
+    def enter(self, x: Tensor, batch: Batch, cache: Pages, mode: Mode) -> Tensor:
+        """Append keys and values of x float32 [T, H]; what `attend` makes queries of, [T, W]."""
+        mixed = self.qkv(x, mode)
+        _, _, key, value = self._split(mixed)
+        key = self._turned(key, self.key_norm, batch, mode.compute)
         place = (batch.table, batch.starts, batch.lengths)
-        paged_attention.write(key, value, cache, *place, compute)
-        mixed = paged_attention.attention(
-            query, cache, *place, scale=dims.head_dim**-0.5, window=self.window, compute=compute
+        paged_attention.write(key, value, cache, *place, mode.compute)
+        return mixed
+
+    def attend(self, mixed: Tensor, batch: Batch, cache: Pages, mode: Mode) -> Tensor:
+        """What tokens that have entered make of the pages: some rows of what `enter` returned, and
+        a batch of theirs alone -> float32 [T, H]."""
+        dims, compute = self.network.dims, mode.compute
+        query, gate, _, _ = self._split(mixed)
+        found = paged_attention.attention(
+            self._turned(query, self.query_norm, batch, compute),
+            cache,
+            *(batch.table, batch.starts, batch.lengths),
+            scale=dims.head_dim**-0.5,
+            window=self.window,
+            first=self.first,
+            compute=compute,
         )
         if gate is not None:
-            mixed = sigmoid_mul(mixed, gate, compute)
-        return self.output(mixed.view(len(x), -1), mode)
+            found = sigmoid_mul(found, gate, compute)
+        return self.output(found.view(len(mixed), -1), mode)
+
+    def _turned(self, x: Tensor, norm: Tensor | None, batch: Batch, compute: Compute) -> Tensor:
+        """Heads normed, where the model does that, and rotated to their positions."""
+        if norm is not None:
+            offset, eps = self.network.architecture.norm_offset, self.network.eps
+            x = rms_norm(x, norm, eps, offset=offset, compute=compute)
+        rotary(x, batch.cos, batch.sin, compute)
+        return x
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Query, gate, key and value, [T, heads, D] each: views of the matmul's output."""

@@ -37,7 +37,7 @@ class GatedDelta:
         heads, channels = dims.linear_value_heads, len(self.conv)
         qkvz, ba = self.qkvz(x, mode), self.ba(x, mode, is_exact=True)
         g, beta = decay(ba[:, heads:], ba[:, :heads], self.a_log, self.dt_bias, compute)
-        place = (batch.starts, batch.lengths, batch.slots)
+        place = (batch.starts, batch.lengths, batch.slots, batch.writes)
         mixed = causal_conv(qkvz[:, :channels], self.conv, cache.conv, *place, compute)
         found = gated_delta(
             mixed,

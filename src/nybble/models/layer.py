@@ -31,9 +31,7 @@ class Layer:
 
     def __call__(self, x: Tensor, batch: Batch, cache: Cache, mode: Mode) -> Tensor:
         """x float32 [T, H] -> float32 [T, H]. Raises EngineError, naming the place, for NaN."""
-        offset, eps = self.network.architecture.norm_offset, self.network.eps
-        compute = mode.compute
-        hidden = rms_norm(x, self.input_norm, eps, offset=offset, compute=compute)
+        hidden = self._normed(x, mode)
         if isinstance(self.mixer, Attention):
             assert isinstance(cache, Pages)
             mixed = self.mixer(hidden, batch, cache, mode)
@@ -41,11 +39,32 @@ class Layer:
             assert not isinstance(cache, Pages)
             mixed = self.mixer(hidden, batch, cache, mode)
         del hidden  # so that a program has its memory back
+        return self._fed(x, mixed, mode)
+
+    def enter(self, x: Tensor, batch: Batch, cache: Pages, mode: Mode) -> Tensor:
+        """The first part of an attention layer, up to keys and values in the pages: see
+        `Attention.enter`."""
+        assert isinstance(self.mixer, Attention)
+        return self.mixer.enter(self._normed(x, mode), batch, cache, mode)
+
+    def leave(self, x: Tensor, mixed: Tensor, batch: Batch, cache: Pages, mode: Mode) -> Tensor:
+        """What is left of it, for tokens that have entered, all or some: their rows of x and of
+        what `enter` returned, a batch of theirs alone. The same bits as the whole."""
+        assert isinstance(self.mixer, Attention)
+        return self._fed(x, self.mixer.attend(mixed, batch, cache, mode), mode)
+
+    def _normed(self, x: Tensor, mode: Mode) -> Tensor:
+        offset, eps = self.network.architecture.norm_offset, self.network.eps
+        return rms_norm(x, self.input_norm, eps, offset=offset, compute=mode.compute)
+
+    def _fed(self, x: Tensor, mixed: Tensor, mode: Mode) -> Tensor:
+        """The second half of the layer."""
+        offset, eps = self.network.architecture.norm_offset, self.network.eps
         self._check(mixed, "mixer", mode)
-        x, hidden = add_norm(x, mixed, self.post_norm, eps, offset=offset, compute=compute)
+        x, hidden = add_norm(x, mixed, self.post_norm, eps, offset=offset, compute=mode.compute)
         fed = self.feed_forward(hidden, mode)
         self._check(fed, "feed-forward", mode)
-        return add(x, fed, compute)
+        return add(x, fed, mode.compute)
 
     def _check(self, x: Tensor, what: str, mode: Mode) -> None:
         """The sum of finite numbers of this size is finite, so one pass tells.

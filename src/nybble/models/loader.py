@@ -8,6 +8,7 @@ Vectors (norms, biases, decays) become float32 tensors of their own; matrices ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -456,7 +457,7 @@ class Weights:
         names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
         embedding, hidden, final = (self.vector(f"{base}{n}.weight", (d.hidden,)) for n in names)
         layer = f"{base}layers.0."
-        mixer = self._attention(f"{layer}self_attn.", 0)
+        mixer = replace(self._attention(f"{layer}self_attn.", 0), first=1)
         return MtpHead(
             self.network,
             self.linear([f"{base}fc"], (d.hidden,), 2 * d.hidden),

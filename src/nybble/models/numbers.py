@@ -9,17 +9,25 @@ from nybble.errors import EngineError, OutOfPages
 
 
 class Numbers:
-    """The numbers 0 .. count - 1, each lent to one owner at a time. `what` is for messages."""
+    """`count` numbers from `first` on, each lent to one owner at a time. `what` is for messages.
 
-    def __init__(self, count: int, what: str) -> None:
-        self.count, self.what = count, what
-        self._free = list(range(count - 1, -1, -1))
+    Two of them may share a pool, one behind the other.
+    """
+
+    def __init__(self, count: int, what: str, first: int = 0) -> None:
+        self.count, self.what, self.first = count, what, first
+        self._free = list(range(first + count - 1, first - 1, -1))
         self._taken: set[int] = set()
 
     @property
     def free(self) -> int:
         """How many can be taken."""
         return len(self._free)
+
+    @property
+    def lent(self) -> frozenset[int]:
+        """The numbers that somebody holds."""
+        return frozenset(self._taken)
 
     def take(self, count: int = 1) -> list[int]:
         """Numbers for the caller alone; all of them or none. Raises OutOfPages."""

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 class SequenceState:
     """Everything a sequence is, beside its tokens. Changed by `commit` alone.
 
-    `pages` and `mtp_pages` are page numbers, of the trunk and of the MTP head; `slots` the
+    `pages` and `mtp_pages` are page numbers, of the trunk and of the MTP head where it has its own;
+    `mtp_length` entries of the MTP head are made, -1 once some are missing; `slots` the
     recurrent states, one and one for each draft, of which `slots[slot]` holds the state after
     `length` tokens; `last_hidden` the final normed hidden state at the last token, float32 [H];
     `draws` counts random draws; `offset` is what images add to positions.

@@ -82,9 +82,13 @@ class PagePool:
 
 
 class StatePool:
-    """Slots of the gated DeltaNet layers of a model."""
+    """Slots of the gated DeltaNet layers of a model; with an MTP head also, in `hidden` float32
+    [slots, H], the final normed hidden state of the last token of each, which the head reads next.
+    """
 
-    def __init__(self, network: Network, layers: Iterable[int], slots: int) -> None:
+    def __init__(
+        self, network: Network, layers: Iterable[int], slots: int, *, has_mtp: bool = False
+    ) -> None:
         d = network.dims
         channels = 2 * d.linear_key_heads * d.linear_key_dim
         channels += d.linear_value_heads * d.linear_value_dim
@@ -95,12 +99,15 @@ class StatePool:
             )
             for layer in layers
         }
+        self.hidden = torch.zeros((slots, d.hidden)) if has_mtp else None
+        self.count = slots
         self.numbers = Numbers(slots, "recurrent states")
 
     @property
     def nbytes(self) -> int:
         """The memory of all slots."""
-        return sum(s.conv.nbytes + s.state.nbytes for s in self.layers.values())
+        recurrent = sum(s.conv.nbytes + s.state.nbytes for s in self.layers.values())
+        return recurrent + (0 if self.hidden is None else self.hidden.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +115,10 @@ class Batch:
     """One forward pass: the tokens of some sequences, one sequence after another.
 
     tokens  int64 [T]; `starts` int32 [B + 1] where each sequence begins; `lengths` int32 [B] the
-    tokens each had before; `table` int32 [B, P] page numbers, -1 beyond; `slots` int32 [B]; `cos`
-    and `sin` float32 [T, R / 2]. `recurrent` int32 [B]: 1 where a sequence's tokens go through the
-    recurrent kernels, one by one, 0 where they go in chunks of 64.
+    tokens each had before; `table` int32 [B, P] page numbers, -1 beyond; `slots` int32 [B] where
+    the recurrent state of each is read, `writes` int32 [T] where that after a token goes, -1 for
+    nowhere; `cos` and `sin` float32 [T, R / 2]. `recurrent` int32 [B]: 1 where a sequence's tokens
+    go through the recurrent kernels, one by one, 0 where they go in chunks of 64.
     """
 
     tokens: Tensor
@@ -118,6 +126,7 @@ class Batch:
     lengths: Tensor
     table: Tensor
     slots: Tensor
+    writes: Tensor
     cos: Tensor
     sin: Tensor
     recurrent: Tensor
@@ -134,8 +143,9 @@ def make_batch(
 ) -> Batch:
     """The next tokens of each sequence, at the positions that follow what its state holds.
 
-    `positions` int64 [3, T] override them, for prompts with images. `is_mtp`: pages and lengths of
-    the MTP head. Raises ContextTooLong, and EngineError for tokens outside the vocabulary.
+    The state after the last token of each goes where it was read. `positions` int64 [3, T] override
+    them, for prompts with images. `is_mtp`: pages and lengths of the MTP head. Raises
+    ContextTooLong, and EngineError for tokens outside the vocabulary.
     """
     lengths = [s.mtp_length if is_mtp else s.length for s in states]
     for new, length in zip(tokens, lengths, strict=True):
@@ -163,12 +173,17 @@ def make_batch(
     for row, numbers in zip(table, pages, strict=True):
         row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32)
     cos, sin = network.rope.tables(positions)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    slots = torch.tensor([s.slots[s.slot] for s in states], dtype=torch.int32)
+    writes = torch.full((len(flat),), -1, dtype=torch.int32)
+    writes[ends[counts > 0] - 1] = slots[counts > 0]
     return Batch(
         flat,
-        torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0, dtype=torch.int32)]),
+        torch.cat([torch.zeros(1, dtype=torch.int32), ends]),
         torch.tensor(lengths, dtype=torch.int32),
         table,
-        torch.tensor([s.slots[s.slot] for s in states], dtype=torch.int32),
+        slots,
+        writes,
         cos,
         sin,
         torch.full((len(states),), int(is_decode), dtype=torch.int32),

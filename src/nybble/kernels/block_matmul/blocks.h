@@ -45,6 +45,7 @@ enum {
   NAME(PIECE) = 1024 / NAME(CHUNK) * (NYB_INT8 ? 2 : 1), /* chunks decoded into a tile: it stays in the first cache */
   NAME(PAIRS) = NYB_WIDE ? 4 : 2, /* pairs of weight rows that are worked on together, with MOST rows of x: the sums */
   NAME(MOST) = NYB_WIDE ? 4 : 2,  /* within their blocks fit the registers */
+  NAME(MOST_FEW) = NYB_WIDE ? 5 : 2, /* of x where weights are decoded in registers: twice would be dearer */
 };
 #define CHUNK NAME(CHUNK)
 #define STEPS NAME(STEPS)
@@ -52,6 +53,7 @@ enum {
 #define PIECE NAME(PIECE)
 #define PAIRS NAME(PAIRS)
 #define MOST NAME(MOST)
+#define MOST_FEW NAME(MOST_FEW)
 #if NYB_INT8
 #define PART VEC /* the sum within a block */
 #else
@@ -196,7 +198,7 @@ FN __m256 NAME(add_quarters)(FLT a, FLT b) { /* two of each row of a, then of b 
   const __m256 c = NAME(add_halves)(a), d = NAME(add_halves)(b);
   return _mm256_add_ps(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
 }
-FN void NAME(finish)(const int mr, FLT sums[MOST][PAIRS], const float *scale, const float *bias,
+FN void NAME(finish)(const int mr, FLT sums[][PAIRS], const float *scale, const float *bias,
                      unsigned valid, float *y, int64_t n) {
   const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   const __m256i some = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)valid), bits), bits);
@@ -246,9 +248,10 @@ static inline int64_t NAME(rows_at_once)(int64_t left) {
 
 /* A chunk of a window times mr rows of x. */
 FN void NAME(few_chunk)(const int format, const int mr, const int is_odd, const int is_tail, VEC table,
-                        const NAME(place) *p, int64_t left, const char *x, int64_t x_stride, FLT sums[MOST][PAIRS]) {
+                        const NAME(place) *p, int64_t left, const char *x, int64_t x_stride,
+                        FLT sums[MOST_FEW][PAIRS]) {
   VEC u[PAIRS][2];
-  PART part[MOST][PAIRS];
+  PART part[MOST_FEW][PAIRS];
   UNROLL for (int g = 0; g < PAIRS; g++)
     NAME(load_codes)(is_tail, p->codes + 2 * g * p->apart, p->apart, left, u[g]);
   UNROLL for (int i = 0; i < mr; i++) {
@@ -256,7 +259,7 @@ FN void NAME(few_chunk)(const int format, const int mr, const int is_odd, const 
     UNROLL for (int g = 0; g < PAIRS; g++) part[i][g] = zero;
   }
   UNROLL for (int step = 0; step < STEPS; step++) {
-    VEC v[MOST];
+    VEC v[MOST_FEW];
     UNROLL for (int i = 0; i < mr; i++) v[i] = NAME(spread)(x + i * x_stride + CHUNK / 4 * step);
     UNROLL for (int g = 0; g < PAIRS; g++) {
       const VEC a = NAME(decode)(table, u[g], step);
@@ -279,7 +282,7 @@ FN void NAME(few_rows)(const int format, const int mr, const int is_odd, const t
   const uint8_t *next_scales = p.scales + 2 * PAIRS * p.scales_apart;
   const int scale_bytes = CHUNK / (format == NYB_WEIGHT_NVFP4 ? 16 : 32);
   const VEC table = NAME(load_table)();
-  FLT sums[MOST][PAIRS];
+  FLT sums[MOST_FEW][PAIRS];
   UNROLL for (int i = 0; i < mr; i++)
     UNROLL for (int g = 0; g < PAIRS; g++) sums[i][g] = V(setzero_ps)();
   int64_t left = t->k;
@@ -315,11 +318,13 @@ FEW(NVFP4, 3)
 FEW(MXFP4, 3)
 FEW(NVFP4, 4)
 FEW(MXFP4, 4)
-#define ROWS_OF(kind) { NAME(kind##_1), NAME(kind##_2), NAME(kind##_3), NAME(kind##_4) }
+FEW(NVFP4, 5)
+FEW(MXFP4, 5)
+#define ROWS_OF(kind) { NAME(kind##_1), NAME(kind##_2), NAME(kind##_3), NAME(kind##_4), NAME(kind##_5) }
 #else
 #define ROWS_OF(kind) { NAME(kind##_1), NAME(kind##_2) }
 #endif
-static void (*const NAME(few)[2][2][MOST])(const task *, const window *, const char *, float *) = {
+static void (*const NAME(few)[2][2][MOST_FEW])(const task *, const window *, const char *, float *) = {
     {ROWS_OF(few_NVFP4), ROWS_OF(odd_NVFP4)}, {ROWS_OF(few_MXFP4), ROWS_OF(odd_MXFP4)}};
 #undef FEW
 #undef ROWS_OF
@@ -333,10 +338,16 @@ typedef struct {
 
 typedef struct {
   NAME(decoded) tile[PIECE];
-  FLT kept[BLOCK_ROWS][PAIRS]; /* sums of each row of x, between pieces of K */
   int chunks, is_first, is_last;
-  float scale[8], bias[8];
 } NAME(piece);
+
+/* A window, and between pieces of K the sums of each row of x. */
+typedef struct {
+  FLT kept[BLOCK_ROWS][PAIRS];
+  window at;
+  int is_odd;
+  float scale[8], bias[8];
+} NAME(columns);
 
 FN void NAME(fill_chunk)(const int format, const int is_odd, const int is_tail, VEC table, const NAME(place) *p,
                          int64_t left, NAME(decoded) *out) {
@@ -348,12 +359,11 @@ FN void NAME(fill_chunk)(const int format, const int is_odd, const int is_tail, 
         NAME(load_scales)(format, is_odd, is_tail, p->scales + 2 * g * p->scales_apart, p->scales_apart, left);
   }
 }
-/* Decodes elements [at, to) of a window, and asks memory for the piece after it. */
+/* Decodes elements [at, to) of a window, and asks memory for what is decoded after them, `next` bytes on. */
 FN void NAME(fill)(const int format, const int is_odd, const task *t, const window *w, int64_t at, int64_t to,
-                   NAME(decoded) *out) {
+                   int64_t next, NAME(decoded) *out) {
   NAME(place) p = NAME(find)(format, t, w);
   const int scale_bytes = CHUNK / (format == NYB_WEIGHT_NVFP4 ? 16 : 32);
-  const int64_t next = to < t->k ? (to - at) / 2 : 2 * PAIRS * t->segment->row_bytes - at / 2;
   const VEC table = NAME(load_table)();
   p.codes += at / 2;
   p.scales += at / CHUNK * scale_bytes;
@@ -364,23 +374,22 @@ FN void NAME(fill)(const int format, const int is_odd, const task *t, const wind
   }
 }
 #define FILL(format)                                                                                                   \
-  KERNEL void NAME(fill_##format)(int is_odd, const task *t, const window *w, int64_t at, int64_t to,                  \
+  KERNEL void NAME(fill_##format)(int is_odd, const task *t, const window *w, int64_t at, int64_t to, int64_t next,    \
                                   NAME(decoded) *out) {                                                                \
-    if (is_odd) NAME(fill)(NYB_WEIGHT_##format, 1, t, w, at, to, out);                                                 \
-    else NAME(fill)(NYB_WEIGHT_##format, 0, t, w, at, to, out);                                                        \
+    if (is_odd) NAME(fill)(NYB_WEIGHT_##format, 1, t, w, at, to, next, out);                                           \
+    else NAME(fill)(NYB_WEIGHT_##format, 0, t, w, at, to, next, out);                                                  \
   }
 FILL(NVFP4)
 FILL(MXFP4)
 #undef FILL
 
 /* The tile times mr rows of x. */
-FN void NAME(panel)(const int mr, NAME(piece) *p, const task *t, unsigned valid, const char *x, int64_t first,
-                    float *y) {
+FN void NAME(panel)(const int mr, const NAME(piece) *p, NAME(columns) *c, const task *t, const char *x, int64_t first) {
   const int64_t x_stride = t->x_stride;
   const NAME(decoded) *d = p->tile, *end = d + p->chunks;
   FLT sums[MOST][PAIRS];
   UNROLL for (int i = 0; i < mr; i++)
-    UNROLL for (int g = 0; g < PAIRS; g++) sums[i][g] = p->is_first ? V(setzero_ps)() : p->kept[first + i][g];
+    UNROLL for (int g = 0; g < PAIRS; g++) sums[i][g] = p->is_first ? V(setzero_ps)() : c->kept[first + i][g];
   for (x += first * x_stride; d < end; d++, x += X_BYTES) {
     PART part[MOST][PAIRS];
     UNROLL for (int i = 0; i < mr; i++) {
@@ -400,15 +409,15 @@ FN void NAME(panel)(const int mr, NAME(piece) *p, const task *t, unsigned valid,
         sums[i][g] = NAME(add_block)(sums[i][g], part[i][g], d->scale[g], x + i * x_stride);
   }
   if (p->is_last) {
-    NAME(finish)(mr, sums, p->scale, p->bias, valid, y + first * t->n, t->n);
+    NAME(finish)(mr, sums, c->scale, c->bias, c->at.valid, t->y + c->at.first + first * t->n, t->n);
     return;
   }
   UNROLL for (int i = 0; i < mr; i++)
-    UNROLL for (int g = 0; g < PAIRS; g++) p->kept[first + i][g] = sums[i][g];
+    UNROLL for (int g = 0; g < PAIRS; g++) c->kept[first + i][g] = sums[i][g];
 }
 #define PANEL(mr)                                                                                                      \
-  KERNEL void NAME(panel_##mr)(NAME(piece) *p, const task *t, unsigned valid, const char *x, int64_t first, float *y) {\
-    NAME(panel)(mr, p, t, valid, x, first, y);                                                                         \
+  KERNEL void NAME(panel_##mr)(const NAME(piece) *p, NAME(columns) *c, const task *t, const char *x, int64_t first) {  \
+    NAME(panel)(mr, p, c, t, x, first);                                                                                \
   }
 PANEL(1)
 PANEL(2)
@@ -417,42 +426,70 @@ PANEL(3)
 PANEL(4)
 #endif
 #undef PANEL
-static void (*const NAME(panels)[MOST])(NAME(piece) *, const task *, unsigned, const char *, int64_t, float *) = {
+static void (*const NAME(panels)[MOST])(const NAME(piece) *, NAME(columns) *, const task *, const char *, int64_t) = {
     NAME(panel_1), NAME(panel_2),
 #if NYB_WIDE
     NAME(panel_3), NAME(panel_4),
 #endif
 };
 
-/* A window times all rows of x. */
-KERNEL void NAME(many_rows)(const task *t, const window *w) {
+/* Elements [at, to) of a window times all rows of x. */
+static void NAME(run_piece)(NAME(piece) *p, NAME(columns) *c, const task *t, int64_t at, int64_t to, int64_t next) {
+  const int is_mx = t->segment->format == NYB_WEIGHT_MXFP4;
+  (is_mx ? NAME(fill_MXFP4) : NAME(fill_NVFP4))(c->is_odd, t, &c->at, at, to, next, p->tile);
+  for (int64_t i = 0, mr; i < t->rows; i += mr) {
+    mr = NAME(rows_at_once)(t->rows - i);
+    NAME(panels)[mr - 1](p, c, t, t->x + at / CHUNK * X_BYTES, i);
+  }
+}
+
+/* Asks memory for the scales of the window at a row: all are looked at before the first is used. */
+static void NAME(ask_scales)(const task *t, int64_t row) {
+  const int64_t count = t->k / (t->segment->format == NYB_WEIGHT_NVFP4 ? 16 : 32);
+  const char *p = (const char *)t->segment->scale + row * count;
+  for (int64_t i = 0; i < 2 * PAIRS * count; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
+}
+
+/* Many rows of x. Where these do not stay in the second cache, a few windows go through K together, so that they share
+ * each piece of x that does. */
+static void NAME(many_rows)(const task *t) {
   NAME(piece) p;
-  const int is_mx = t->segment->format == NYB_WEIGHT_MXFP4, is_odd = NAME(is_odd)(t, w, 2 * PAIRS);
-  describe_window(t, w, 2 * PAIRS, is_odd, p.scale, p.bias);
-  for (int64_t at = 0; at < t->k; at += CHUNK * PIECE) {
-    const int64_t to = at + CHUNK * PIECE < t->k ? at + CHUNK * PIECE : t->k;
-    (is_mx ? NAME(fill_MXFP4) : NAME(fill_NVFP4))(is_odd, t, w, at, to, p.tile);
-    p.chunks = (int)((to - at + CHUNK - 1) / CHUNK);
-    p.is_first = at == 0;
-    p.is_last = to == t->k;
-    for (int64_t i = 0, mr; i < t->rows; i += mr) {
-      mr = NAME(rows_at_once)(t->rows - i);
-      NAME(panels)[mr - 1](&p, t, w->valid, t->x + at / CHUNK * X_BYTES, i, t->y + w->first);
+  NAME(columns) all[WINDOWS];
+  const int most = t->rows * t->x_stride > CACHE_BYTES ? WINDOWS : 1;
+  for (int64_t row = t->row; row < t->end;) {
+    int count = 0;
+    for (; count < most && row < t->end; count++) {
+      NAME(columns) *c = all + count;
+      c->at = next_window(t, &row, 2 * PAIRS);
+      c->is_odd = NAME(is_odd)(t, &c->at, 2 * PAIRS);
+      NAME(ask_scales)(t, row);
+      describe_window(t, &c->at, 2 * PAIRS, c->is_odd, c->scale, c->bias);
+    }
+    for (int64_t at = 0, to; at < t->k; at = to) {
+      to = at + CHUNK * PIECE < t->k ? at + CHUNK * PIECE : t->k;
+      p.chunks = (int)((to - at + CHUNK - 1) / CHUNK);
+      p.is_first = at == 0;
+      p.is_last = to == t->k;
+      for (int j = 0; j < count; j++) {
+        const int64_t below = 2 * PAIRS * t->segment->row_bytes; /* the next window */
+        const int64_t next = j + 1 < count ? below : p.is_last ? below - at / 2 : (to - at) / 2 - j * below;
+        NAME(run_piece)(&p, all + j, t, at, to, next);
+      }
     }
   }
 }
 
 static void NAME(run_blocks)(const task *t) {
   const int is_mx = t->segment->format == NYB_WEIGHT_MXFP4;
+  if (t->rows > 2 * MOST) {
+    NAME(many_rows)(t);
+    return;
+  }
   for (int64_t row = t->row; row < t->end;) {
     const window w = next_window(t, &row, 2 * PAIRS);
-    if (t->rows > 2 * MOST) {
-      NAME(many_rows)(t, &w);
-      continue;
-    }
     const int is_odd = NAME(is_odd)(t, &w, 2 * PAIRS);
     for (int64_t i = 0, mr; i < t->rows; i += mr) {
-      mr = NAME(rows_at_once)(t->rows - i);
+      mr = t->rows <= MOST_FEW ? t->rows : NAME(rows_at_once)(t->rows - i);
       NAME(few)[is_mx][is_odd][mr - 1](t, &w, t->x + i * t->x_stride, t->y + i * t->n);
     }
   }
@@ -478,6 +515,7 @@ static void NAME(run_blocks)(const task *t) {
 #undef PIECE
 #undef PAIRS
 #undef MOST
+#undef MOST_FEW
 #undef PART
 #undef NYB_SUFFIX
 #undef NYB_WIDE

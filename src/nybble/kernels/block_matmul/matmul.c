@@ -189,7 +189,7 @@ typedef struct {
   lane *lanes;
 } call;
 
-enum { PACK_ROWS = 16, CACHE_BYTES = 1 << 19 /* of x in a block: half of the second cache */ };
+enum { PACK_ROWS = 16 };
 
 static void pack_rows(void *context, int64_t index) {
   const call *c = context;
@@ -269,8 +269,8 @@ static double row_cost(const engine *e, int64_t k, int64_t rows) {
 
 /* Rows of x that a block has: they stay in the second cache; where sums wait between pieces of K, also few enough. */
 static int64_t block_rows(const engine *e, int64_t k, int64_t stride, int64_t rows) {
-  int64_t most = CACHE_BYTES / stride < 16 ? 16 : CACHE_BYTES / stride;
-  if ((e->run || k * e->chunk_bytes / e->chunk > TILE_BYTES) && most > BLOCK_ROWS) most = BLOCK_ROWS;
+  int64_t most = e->run ? BLOCK_ROWS : CACHE_BYTES / stride < 16 ? 16 : CACHE_BYTES / stride;
+  if (k * e->chunk_bytes / e->chunk > TILE_BYTES && most > BLOCK_ROWS) most = BLOCK_ROWS;
   most = most / 4 * 4;
   int64_t blocks = (rows + most - 1) / most;
   return ((rows + blocks - 1) / blocks + 3) / 4 * 4;

@@ -56,7 +56,9 @@ enum {
   TILE_ROWS = 6,            /* weight rows that are decoded together, at most */
   TILE_BYTES = 4096,        /* of one decoded row: with the rows of x that meet it, it stays in the first cache */
   TILE_STRIDE = TILE_BYTES + 64, /* rows that lie 4096 bytes apart would meet in one set of the cache */
+  CACHE_BYTES = 1 << 19,    /* of x in a block: half of the second cache */
   BLOCK_ROWS = 128,         /* rows of x in a block, where sums wait between pieces of K */
+  WINDOWS = 4,              /* sets of weight rows that go through K together, with a block of rows of x */
   SCALE_BLOCK = 128,        /* of FP8_BLOCK, along N and K */
   FEW = 4,                  /* rows of x up to which weights are decoded in registers, without a tile */
   AHEAD = 2048,             /* bytes of a row that are asked of memory before they are needed */

@@ -28,15 +28,28 @@ ACTIVATIONS = ("silu", "sigmoid")
 _TABLES = (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, compute: Compute) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float,
+    out: Tensor | None = None,
+    compute: Compute,
+) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension, H: x's shape.
 
     x is [T, heads, H] or [T, H], strided; weight is [H]; offset is 1 for zero-centred weights, else
-    0 (spec: RMSNorm, arXiv 1910.07467). Raises EngineError for other shapes or dtypes.
+    0 (spec: RMSNorm, arXiv 1910.07467). With `out`, strided as x, which is [T, H] then, the
+    result goes there. Raises EngineError for other shapes or dtypes.
     """
     check_rows(x, "rms_norm", "x", tuple(x.shape))
     check_tensor(weight, "rms_norm", "weight", tuple(x.shape[-1:]))
-    return _backend().rms_norm(x, weight, eps, offset, compute)  # type: ignore[no-any-return]
+    if out is not None:
+        if x.ndim != 2:
+            raise EngineError(f"rms_norm: with out, x must be [T, H], found {list(x.shape)}")
+        check_rows(out, "rms_norm", "out", tuple(x.shape))
+    return _backend().rms_norm(x, weight, eps, offset, out, compute)  # type: ignore[no-any-return]
 
 
 def gated_rms_norm(

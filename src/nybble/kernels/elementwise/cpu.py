@@ -17,7 +17,7 @@ _DTYPES = {  # the enum of lookup.c
     np.dtype(ml_dtypes.bfloat16): 1,
     np.dtype(np.float16): 2,
 }
-_RMS_NORM = Kernel("nyb_rms_norm", "pnnpnnpptnnffiii")
+_RMS_NORM = Kernel("nyb_rms_norm", "pnnpnnppntnnffiii")
 _ADD_NORM = Kernel("nyb_add_norm", "ppppptnffii")
 _ROTARY = Kernel("nyb_rotary", "pnnpptnnii")
 _SILU_MUL = Kernel("nyb_silu_mul", "pptnii")
@@ -27,16 +27,20 @@ _LOOK_UP = Kernel("nyb_look_up", "pnipptni")
 _Place = tuple[int | None, int, int]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, compute: Compute) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None, compute: Compute
+) -> Tensor:
     """See the package."""
-    return _norm(x, (None, 0, 0), weight, eps, offset, 0, compute)
+    y = empty(compute, x.shape) if out is None else out
+    return _norm(x, (None, 0, 0), weight, eps, offset, 0, y, compute)
 
 
 def gated_rms_norm(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, activation: str, compute: Compute
 ) -> Tensor:
     """See the package."""
-    return _norm(x, _place(z), weight, eps, 0.0, _ACTIVATIONS[activation], compute)
+    y = empty(compute, x.shape)
+    return _norm(x, _place(z), weight, eps, 0.0, _ACTIVATIONS[activation], y, compute)
 
 
 def add_norm(
@@ -102,15 +106,15 @@ def _norm(
     eps: float,
     offset: float,
     activation: int,
+    y: Tensor,
     compute: Compute,
 ) -> Tensor:
-    y = empty(compute, x.shape)
     _RMS_NORM(
         compute,
         *_place(x),
         *z,
         weight.data_ptr(),
-        y.data_ptr(),
+        *_place(y)[:2],
         *_sizes(x),
         eps,
         offset,

@@ -11,9 +11,12 @@ from torch.nn.functional import silu
 from nybble.kernels.compute import Compute
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, compute: Compute) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float, out: Tensor | None, compute: Compute
+) -> Tensor:
     """See the package. `compute` changes nothing here, nor below."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (offset + weight)
+    found = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (offset + weight)
+    return found if out is None else out.copy_(found)
 
 
 def gated_rms_norm(
@@ -21,7 +24,7 @@ def gated_rms_norm(
 ) -> Tensor:
     """See the package."""
     gate = silu(z) if activation == "silu" else z.sigmoid()
-    return rms_norm(x, weight, eps, 0.0, compute) * gate
+    return rms_norm(x, weight, eps, 0.0, None, compute) * gate
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, compute: Compute) -> None:
@@ -47,7 +50,7 @@ def add_norm(
     x: Tensor, y: Tensor, weight: Tensor, eps: float, offset: float, compute: Compute
 ) -> tuple[Tensor, Tensor]:
     """See the package."""
-    return x + y, rms_norm(x + y, weight, eps, offset, compute)
+    return x + y, rms_norm(x + y, weight, eps, offset, None, compute)
 
 
 def add(x: Tensor, y: Tensor, compute: Compute) -> Tensor:

@@ -26,7 +26,7 @@ typedef struct {
   strided x, z;
   const float *weight;
   float *y, *sum;
-  int64_t rows, width, heads, half, per_task;
+  int64_t rows, width, heads, half, y_token, per_task;
   float eps, offset;
   int activation, isa;
 } rows_job;
@@ -75,17 +75,18 @@ static void run(nyb_task task, rows_job *j, int64_t row, int threads) {
 }
 
 /* y [tokens, heads, width] = norm(x) * (offset + weight), times activation(z) if there is one (then the offset is 0);
- * x and z are strided, y is not. */
+ * x and z are strided, and tokens of y lie `y_token` floats apart. */
 void nyb_rms_norm(const float *x, int64_t x_token, int64_t x_head, const float *z, int64_t z_token, int64_t z_head,
-                  const float *weight, float *y, int64_t tokens, int64_t heads, int64_t width, float eps, float offset,
-                  int activation, int isa, int threads) {
-  rows_job j = {.x = {x, x_token, x_head}, .z = {z, z_token, z_head}, .weight = weight, .y = y, .rows = tokens * heads,
-                .heads = heads, .width = width, .eps = eps, .offset = offset, .activation = activation, .isa = isa};
+                  const float *weight, float *y, int64_t y_token, int64_t tokens, int64_t heads, int64_t width,
+                  float eps, float offset, int activation, int isa, int threads) {
+  rows_job j = {.x = {x, x_token, x_head}, .z = {z, z_token, z_head}, .weight = weight, .y = y, .y_token = y_token,
+                .rows = tokens * heads, .heads = heads, .width = width, .eps = eps, .offset = offset,
+                .activation = activation, .isa = isa};
   run(norm_rows_task, &j, width, threads);
 }
 NYB_STEP(nyb_rms_norm) {
-  nyb_rms_norm(v[0].p, v[1].n, v[2].n, v[3].p, v[4].n, v[5].n, v[6].p, v[7].p, v[8].n, v[9].n, v[10].n, (float)v[11].f,
-               (float)v[12].f, (int)v[13].n, (int)v[14].n, (int)v[15].n);
+  nyb_rms_norm(v[0].p, v[1].n, v[2].n, v[3].p, v[4].n, v[5].n, v[6].p, v[7].p, v[8].n, v[9].n, v[10].n, v[11].n,
+               (float)v[12].f, (float)v[13].f, (int)v[14].n, (int)v[15].n, (int)v[16].n);
   return 0;
 }
 

@@ -50,7 +50,7 @@ KERNEL void NAME(norm_rows)(const rows_job *j, int64_t from, int64_t to) {
   int64_t n = j->width;
   for (int64_t r = from; r < to; r++) {
     const float *x = NAME(row_of)(&j->x, r, j->heads), *z = j->activation ? NAME(row_of)(&j->z, r, j->heads) : NULL;
-    float *y = j->y + r * n;
+    float *y = j->y + r / j->heads * j->y_token + r % j->heads * n;
     if (j->activation == NYB_SILU) NAME(norm_row)(x, j->weight, z, y, n, j->eps, 0.0f, NYB_SILU);
     else if (j->activation) NAME(norm_row)(x, j->weight, z, y, n, j->eps, 0.0f, NYB_SIGMOID);
     else NAME(norm_row)(x, j->weight, z, y, n, j->eps, j->offset, NYB_PLAIN);

@@ -9,11 +9,11 @@ from nybble.kernels.calls import Kernel, empty
 from nybble.kernels.compute import Compute
 from nybble.kernels.gated_delta import Heads
 
-_CONV = Kernel("nyb_causal_conv", "pnpppppp" + "snn" + "ii")
+_CONV = Kernel("nyb_causal_conv", "pnppppppp" + "snn" + "ii")
 _DECAY = Kernel("nyb_decay", "pnpnpppp" + "tn" + "ii")
 _DELTA = Kernel(
     "nyb_gated_delta",
-    "ppppppppp" + "snnnn" + "ii",
+    "pppppppppp" + "snnnn" + "ii",
     fails="gated delta: no memory for the scratch of its threads",
 )
 
@@ -25,11 +25,12 @@ def causal_conv(
     starts: Tensor,
     lengths: Tensor,
     slots: Tensor,
+    writes: Tensor,
     compute: Compute,
 ) -> Tensor:
     """See the package."""
     y = empty(compute, x.shape)
-    others = (t.data_ptr() for t in (weight, state, starts, lengths, slots, y))
+    others = (t.data_ptr() for t in (weight, state, starts, lengths, slots, writes, y))
     sizes = (len(lengths), *weight.shape)
     _CONV(compute, x.data_ptr(), x.stride(0), *others, *sizes, *_how(compute))
     return y
@@ -54,13 +55,14 @@ def gated_delta(
     starts: Tensor,
     lengths: Tensor,
     slots: Tensor,
+    writes: Tensor,
     recurrent: Tensor,
     heads: Heads,
     compute: Compute,
 ) -> Tensor:
     """See the package."""
     out = empty(compute, (len(mixed), heads.value_heads, heads.value_dim))
-    tensors = (mixed, g, beta, state, starts, lengths, slots, recurrent, out)
+    tensors = (mixed, g, beta, state, starts, lengths, slots, writes, recurrent, out)
     _DELTA(
         compute,
         *(t.data_ptr() for t in tensors),

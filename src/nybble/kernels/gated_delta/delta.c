@@ -1,7 +1,8 @@
 /* The gated delta rule, token by token and in chunks, and the causal convolution before it: memory, threads,
  * instruction sets and entry points. The arithmetic is in delta.h, the definition beside it is reference.py.
  *
- * One task is one value head of one sequence, so nothing in it depends on other sequences or on the threads. */
+ * One task is one value head of one sequence, so nothing in it depends on other sequences or on the threads. A state is
+ * read from one slot and written to others, which nobody else reads. */
 #include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -27,7 +28,7 @@
 typedef struct {
   const float *mixed, *g, *beta;
   float *state, *out;
-  const int32_t *starts, *lengths, *slots, *recurrent;
+  const int32_t *starts, *lengths, *slots, *writes, *recurrent;
   int64_t key_heads, value_heads, key_dim, value_dim;
   float scale; /* of q */
   int isa, buffers;
@@ -41,7 +42,7 @@ typedef struct {
 typedef struct {
   const float *x, *weight;
   float *state, *y;
-  const int32_t *starts, *lengths, *slots;
+  const int32_t *starts, *lengths, *slots, *writes;
   int64_t x_row, sequences, channels, taps;
   int isa;
 } conv_job;
@@ -124,22 +125,39 @@ static int take_buffer(delta_job *j) {
   }
 }
 
+static float *state_of(const delta_job *j, int64_t slot, int64_t head) {
+  return j->state + (slot * j->value_heads + head) * j->key_dim * j->value_dim;
+}
+
+/* Tokens [from, to) of sequence b, whose states pass through no slot but the last one's: from `old` to `state`. */
+static void delta_segment(const delta_job *j, float *scratch, const float *old, float *state, int64_t b, int64_t head,
+                          int64_t from, int64_t to) {
+  size_t bytes = (size_t)(j->key_dim * j->value_dim) * sizeof(float);
+  if (!old) old = memset(state, 0, bytes);
+  if (j->recurrent[b]) {
+    CALL(j->isa, recurrent, j, scratch, old, state, head, from, to);
+    return;
+  }
+  if (old != state) memcpy(state, old, bytes);
+  for (int64_t at = from, end; at < to; at = end) {
+    end = at + CHUNK - (j->lengths[b] + at - j->starts[b]) % CHUNK;
+    if (end > to) end = to;
+    CALL(j->isa, chunk, j, scratch, state, head, at, end);
+  }
+}
+
 static void delta_task(void *context, int64_t index) {
   delta_job *j = context;
   int64_t b = j->order[index / j->value_heads], head = index % j->value_heads;
-  int64_t from = j->starts[b], to = j->starts[b + 1], matrix = j->key_dim * j->value_dim;
-  float *state = j->state + (j->slots[b] * j->value_heads + head) * matrix;
-  if (!j->lengths[b]) memset(state, 0, (size_t)matrix * sizeof(float));
   int buffer = take_buffer(j);
-  float *scratch = j->scratch + buffer * j->buffer_floats;
-  if (j->recurrent[b]) {
-    CALL(j->isa, recurrent, j, scratch, state, head, from, to);
-  } else {
-    for (int64_t at = from, end; at < to; at = end) {
-      end = at + CHUNK - (j->lengths[b] + at - from) % CHUNK;
-      if (end > to) end = to;
-      CALL(j->isa, chunk, j, scratch, state, head, at, end);
-    }
+  const float *old = j->lengths[b] ? state_of(j, j->slots[b], head) : NULL;
+  for (int64_t at = j->starts[b], to = j->starts[b + 1]; at < to;) {
+    int64_t last = at;
+    while (last < to - 1 && j->writes[last] < 0) last++;
+    float *state = state_of(j, j->writes[last], head);
+    delta_segment(j, j->scratch + buffer * j->buffer_floats, old, state, b, head, at, last + 1);
+    old = state;
+    at = last + 1;
   }
   atomic_store_explicit(&j->taken[buffer], 0, memory_order_release);
 }
@@ -185,12 +203,12 @@ static void list_sequences(delta_job *j, int64_t sequences) {
 
 /* Shapes as in Python; 1 if there is no memory for the scratch, before anything is written. */
 int nyb_gated_delta(const float *mixed, const float *g, const float *beta, float *state, const int32_t *starts,
-                    const int32_t *lengths, const int32_t *slots, const int32_t *recurrent, float *out,
-                    int64_t sequences, int64_t key_heads, int64_t value_heads, int64_t key_dim, int64_t value_dim,
-                    int isa, int threads) {
+                    const int32_t *lengths, const int32_t *slots, const int32_t *writes, const int32_t *recurrent,
+                    float *out, int64_t sequences, int64_t key_heads, int64_t value_heads, int64_t key_dim,
+                    int64_t value_dim, int isa, int threads) {
   delta_job j = {.mixed = mixed, .g = g, .beta = beta, .state = state, .out = out, .starts = starts,
-                 .lengths = lengths, .slots = slots, .recurrent = recurrent, .key_heads = key_heads,
-                 .value_heads = value_heads, .key_dim = key_dim, .value_dim = value_dim,
+                 .lengths = lengths, .slots = slots, .writes = writes, .recurrent = recurrent,
+                 .key_heads = key_heads, .value_heads = value_heads, .key_dim = key_dim, .value_dim = value_dim,
                  .scale = 1.0f / sqrtf((float)key_dim), .isa = isa};
   if (!sequences || !starts[sequences]) return 0;
   int has_chunks = 0;
@@ -203,8 +221,8 @@ int nyb_gated_delta(const float *mixed, const float *g, const float *beta, float
   return 0;
 }
 NYB_STEP(nyb_gated_delta) {
-  return nyb_gated_delta(v[0].p, v[1].p, v[2].p, v[3].p, v[4].p, v[5].p, v[6].p, v[7].p, v[8].p, v[9].n, v[10].n,
-                         v[11].n, v[12].n, v[13].n, (int)v[14].n, (int)v[15].n);
+  return nyb_gated_delta(v[0].p, v[1].p, v[2].p, v[3].p, v[4].p, v[5].p, v[6].p, v[7].p, v[8].p, v[9].p, v[10].n,
+                         v[11].n, v[12].n, v[13].n, v[14].n, (int)v[15].n, (int)v[16].n);
 }
 
 static void decay_task(void *context, int64_t index) {
@@ -233,16 +251,16 @@ static void conv_task(void *context, int64_t index) {
 }
 
 void nyb_causal_conv(const float *x, int64_t x_row, const float *weight, float *state, const int32_t *starts,
-                     const int32_t *lengths, const int32_t *slots, float *y, int64_t sequences, int64_t channels,
-                     int64_t taps, int isa, int threads) {
+                     const int32_t *lengths, const int32_t *slots, const int32_t *writes, float *y,
+                     int64_t sequences, int64_t channels, int64_t taps, int isa, int threads) {
   conv_job j = {.x = x, .weight = weight, .state = state, .y = y, .starts = starts, .lengths = lengths,
-                .slots = slots, .x_row = x_row, .sequences = sequences, .channels = channels, .taps = taps,
-                .isa = isa};
+                .slots = slots, .writes = writes, .x_row = x_row, .sequences = sequences, .channels = channels,
+                .taps = taps, .isa = isa};
   if (starts[sequences] * channels * taps < ALONE) threads = 1;
   nyb_parallel(conv_task, &j, (channels + CONV_CHANNELS - 1) / CONV_CHANNELS, threads);
 }
 NYB_STEP(nyb_causal_conv) {
-  nyb_causal_conv(v[0].p, v[1].n, v[2].p, v[3].p, v[4].p, v[5].p, v[6].p, v[7].p, v[8].n, v[9].n, v[10].n,
-                  (int)v[11].n, (int)v[12].n);
+  nyb_causal_conv(v[0].p, v[1].n, v[2].p, v[3].p, v[4].p, v[5].p, v[6].p, v[7].p, v[8].p, v[9].n, v[10].n, v[11].n,
+                  (int)v[12].n, (int)v[13].n);
   return 0;
 }

@@ -100,9 +100,10 @@ FN void NAME(unit_row)(const float *x, float scale, float *y, int64_t n) {
 
 /* ---------------------------------------------------------------- one token */
 
-/* S and o for `vectors` vectors of columns: the state is read twice and written once, row by row. */
-FN void NAME(token_columns)(float *state, int64_t dv, int64_t dk, const float *q, const float *k, const float *v,
-                            float grow, float beta, float *out, int vectors, int last) {
+/* S and o for `vectors` vectors of columns: the old state, which may be the same memory, is read twice, and the new one
+ * written once, row by row. */
+FN void NAME(token_columns)(const float *old, float *state, int64_t dv, int64_t dk, const float *q, const float *k,
+                            const float *v, float grow, float beta, float *out, int vectors, int last) {
   vf wrong[TOKEN_VECTORS], sum[TOKEN_VECTORS];
   vf decay = v_all(grow);
 #define IN(p, c) ((c) == vectors - 1 && last < LANES ? v_load_some((p) + (c) * LANES, last) : v_load((p) + (c) * LANES))
@@ -112,13 +113,13 @@ FN void NAME(token_columns)(float *state, int64_t dv, int64_t dk, const float *q
   for (int c = 0; c < vectors; c++) wrong[c] = sum[c] = v_all(0);
   for (int64_t d = 0; d < dk; d++) {
     vf key = v_all(k[d]);
-    for (int c = 0; c < vectors; c++) wrong[c] = v_fma(IN(state + d * dv, c), key, wrong[c]);
+    for (int c = 0; c < vectors; c++) wrong[c] = v_fma(IN(old + d * dv, c), key, wrong[c]);
   }
   for (int c = 0; c < vectors; c++) wrong[c] = (IN(v, c) - wrong[c] * decay) * v_all(beta);
   for (int64_t d = 0; d < dk; d++) {
     vf key = v_all(k[d]), query = v_all(q[d]);
     for (int c = 0; c < vectors; c++) {
-      vf s = v_fma(key, wrong[c], IN(state + d * dv, c) * decay);
+      vf s = v_fma(key, wrong[c], IN(old + d * dv, c) * decay);
       OUT(state + d * dv, c, s);
       sum[c] = v_fma(s, query, sum[c]);
     }
@@ -130,17 +131,19 @@ FN void NAME(token_columns)(float *state, int64_t dv, int64_t dk, const float *q
 #undef OUT
 }
 
-/* Tokens [from, to) one by one. */
-KERNEL void NAME(recurrent)(const delta_job *j, float *scratch, float *state, int64_t head, int64_t from, int64_t to) {
+/* Tokens [from, to) one by one, from the old state, which may be the same memory, to the new one. */
+KERNEL void NAME(recurrent)(const delta_job *j, float *scratch, const float *old, float *state, int64_t head,
+                            int64_t from, int64_t to) {
   int64_t dk = j->key_dim, dv = j->value_dim;
   float *q = scratch, *k = scratch + dk;
-  for (int64_t t = from; t < to; t++) {
+  for (int64_t t = from; t < to; t++, old = state) {
     NAME(unit_row)(query_of(j, t, head), j->scale, q, dk);
     NAME(unit_row)(key_of(j, t, head), 1.0f, k, dk);
     const float *v = value_of(j, t, head);
     float *out = j->out + (t * j->value_heads + head) * dv;
     float grow = expf(j->g[t * j->value_heads + head]), beta = j->beta[t * j->value_heads + head];
-#define COLUMNS(n, last) NAME(token_columns)(state + x, dv, dk, q, k, v + x, grow, beta, out + x, n, last)
+#define COLUMNS(n, last) \
+  NAME(token_columns)(old + x, state + x, dv, dk, q, k, v + x, grow, beta, out + x, n, last)
     for (int64_t x = 0; x < dv;) {
       int64_t left = dv - x;
       if (left >= TOKEN_VECTORS * LANES) {
@@ -306,26 +309,29 @@ FN void NAME(convolve_token)(const float *const *row, float weight[MOST_TAPS][CO
   v_store_some(y + c, v_silu(sum), some);
 }
 
-/* Channels [from, to) of one sequence. */
+/* Channels [from, to) of one sequence. What its slot holds is set aside: a slot may be written while it is needed. */
 FN void NAME(convolve_sequence)(const conv_job *j, int64_t b, int64_t from, int64_t to,
                                 float weight[MOST_TAPS][CONV_CHANNELS]) {
   int64_t taps = j->taps, channels = j->channels, first = j->starts[b], n = j->starts[b + 1] - first;
   const float *x = j->x + first * j->x_row + from, *row[MOST_TAPS];
-  float *y = j->y + first * channels + from, *state = j->state + j->slots[b] * (taps - 1) * channels + from;
-  if (!j->lengths[b])
-    for (int64_t t = 0; t < taps - 1; t++) memset(state + t * channels, 0, (size_t)(to - from) * sizeof(float));
+  float *y = j->y + first * channels + from, *state = j->state + from, old[MOST_TAPS - 1][CONV_CHANNELS];
+  size_t bytes = (size_t)(to - from) * sizeof(float);
+  for (int64_t t = 0; t < taps - 1; t++) {
+    if (j->lengths[b]) memcpy(old[t], state + (j->slots[b] * (taps - 1) + t) * channels, bytes);
+    else memset(old[t], 0, bytes);
+  }
 /* The input at position t of this call; the state holds those before 0. */
-#define ROW(t) ((t) < 0 ? state + (taps - 1 + (t)) * channels : x + (t) * j->x_row)
+#define ROW(t) ((t) < 0 ? old[taps - 1 + (t)] : x + (t) * j->x_row)
   for (int64_t t = 0; t < n; t++) {
     for (int64_t k = 0; k < taps; k++) row[k] = ROW(t - (taps - 1) + k);
     if (t + 4 < n) /* rows are pages apart: no machine guesses the next */
       for (int64_t c = 0; c < to - from; c += 16) __builtin_prefetch(ROW(t + 4) + c);
     if (taps == 4) NAME(convolve_token)(row, weight, 4, to - from, y + t * channels);
     else NAME(convolve_token)(row, weight, taps, to - from, y + t * channels);
+    int64_t slot = j->writes[first + t];
+    for (int64_t k = 0; slot >= 0 && k < taps - 1; k++)
+      memcpy(state + (slot * (taps - 1) + k) * channels, row[k + 1], bytes);
   }
-  /* Oldest first: a row is read before it is overwritten. */
-  for (int64_t t = 0; t < taps - 1; t++)
-    memcpy(state + t * channels, ROW(n - (taps - 1) + t), (size_t)(to - from) * sizeof(float));
 #undef ROW
 }
 

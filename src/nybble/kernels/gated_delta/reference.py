@@ -19,6 +19,7 @@ def causal_conv(
     starts: Tensor,
     lengths: Tensor,
     slots: Tensor,
+    writes: Tensor,
     compute: Compute,
 ) -> Tensor:
     """See the package. `compute` changes nothing here."""
@@ -34,7 +35,9 @@ def causal_conv(
         for j in range(1, taps):
             sums = sums + padded[j : j + end - begin] * weight[:, j]
         out[begin:end] = silu(sums)
-        state[slot] = padded[end - begin :]
+        for t, written in enumerate(writes[begin:end].tolist(), 1):
+            if written >= 0:
+                state[written] = padded[t : t + taps - 1]
     return out
 
 
@@ -53,6 +56,7 @@ def gated_delta(
     starts: Tensor,
     lengths: Tensor,
     slots: Tensor,
+    writes: Tensor,
     recurrent: Tensor,
     heads: Heads,
     compute: Compute,
@@ -72,8 +76,8 @@ def gated_delta(
             o, s = rule(q, k, v, g[rows].t(), beta[rows].t(), s)
             out[rows] = o.transpose(0, 1)
             at = rows.stop
-        if begin < end:
-            state[slot] = s
+            if (written := int(writes[at - 1])) >= 0:
+                state[written] = s
     return out
 
 

@@ -81,6 +81,7 @@ def attention(
     *,
     scale: float,
     window: int = 0,
+    first: int = 0,
     compute: Compute,
 ) -> Tensor:
     """softmax(q k^T * scale) v over the positions each query may see, float32 [T, Hq, D].
@@ -88,7 +89,8 @@ def attention(
     `q` is float32 [T, Hq, D]; heads may lie apart, as parts of wider rows. The keys and values of
     the new tokens must be in the pages already (see `write`). Token i of sequence b sees positions
     0 .. lengths[b] + i, of which only the last `window`, itself included, if window > 0; pages
-    wholly before every window may be missing. Query head h reads key/value head h // (Hq / Hkv).
+    wholly before every window may be missing. A position before `first` is seen by its own query
+    alone. Query head h reads key/value head h // (Hq / Hkv).
     The arithmetic is float32 whatever the pages hold. The C back end gives a query the same bits
     however its prompt was cut into chunks, whatever else is in the batch, and for any page size and
     number of threads.
@@ -109,12 +111,19 @@ def attention(
         raise EngineError(f"attention: scale must be positive, found {scale}")
     if window < 0:
         raise EngineError(f"attention: window must be 0 (everything) or more, found {window}")
+    if first < 0:
+        raise EngineError(f"attention: first must be 0 (everything) or more, found {first}")
     _check_shapes(table, starts, lengths)
     if compute.program is None:
-        _check_batch(q.shape[0], pages, table, starts, lengths, window)
+        _check_batch(q.shape[0], pages, table, starts, lengths, (window, first))
     return _backend().attention(  # type: ignore[no-any-return]
-        q, pages, table, starts, lengths, scale, window, compute
+        q, pages, table, starts, lengths, scale, window, first, compute
     )
+
+
+def seen_from(at: int, window: int, first: int) -> int:
+    """The first position that a query at position `at` sees."""
+    return max(at - window + 1 if window else 0, min(first, at))
 
 
 def _backend() -> ModuleType:
@@ -161,11 +170,17 @@ def _check_shapes(table: Tensor, starts: Tensor, lengths: Tensor) -> None:
 
 
 def _check_batch(
-    tokens: int, pages: Pages, table: Tensor, starts: Tensor, lengths: Tensor, window: int | None
+    tokens: int,
+    pages: Pages,
+    table: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    seen: tuple[int, int] | None,
 ) -> None:
     """The kernels trust these numbers: a wrong one would be an address outside the pool.
 
-    window: None, only the new positions need pages; 0, all; n, those that some new token sees.
+    seen: window and first; pages are needed for what some new token sees. None: only for the new
+    positions.
     """
     begins, before, numbers = starts.tolist(), lengths.tolist(), table.tolist()
     if begins[0] != 0 or begins[-1] != tokens or begins != sorted(begins):
@@ -179,7 +194,7 @@ def _check_batch(
             raise EngineError(f"paged attention: sequence {b} has length {before[b]}")
         if end == before[b]:
             continue
-        first = before[b] if window is None else max(0, before[b] - window + 1) if window else 0
+        first = before[b] if seen is None else seen_from(before[b], *seen)
         needed = row[first // page_tokens : (end - 1) // page_tokens + 1]
         wanted = (end - 1) // page_tokens + 1 - first // page_tokens
         if len(needed) < wanted or min(needed) < 0 or max(needed) >= pool:

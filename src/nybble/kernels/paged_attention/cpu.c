@@ -29,7 +29,7 @@ typedef struct {
   float *out;
   int64_t q_token, q_head, out_token; /* strides in floats */
   int64_t page_bytes, page_tokens;    /* page_bytes: from page to page */
-  int64_t position, window;           /* position of the first token */
+  int64_t position, window, first;    /* position of the first token; before `first` a query sees only itself */
   int64_t head_dim, stride;           /* stride: head_dim rounded up to whole vectors */
   int64_t split;                      /* index of its parts if its segments are shared out, else -1 */
   int tokens, group, format;
@@ -71,6 +71,12 @@ static inline void widen(const char *source, int64_t at, int n, int format, floa
       memcpy(out + i, &wide, 4);
     }
   }
+}
+
+/* The first position that the query at position `at` sees. It does not fall as `at` rises. */
+static inline int64_t seen_from(const tile *t, int64_t at) {
+  int64_t of_window = t->window ? at - t->window + 1 : 0, first = t->first < at ? t->first : at;
+  return of_window > first ? of_window : first;
 }
 
 /* Where positions block + first .. block + end - 1 lie; those outside low .. high - 1 of the block have no page, or
@@ -281,9 +287,7 @@ static void store_result(const job *j, const tile *t, const float *total, const 
   }
 }
 
-static int64_t first_position(const tile *t) {
-  return t->window && t->position - t->window + 1 > 0 ? t->position - t->window + 1 : 0;
-}
+static int64_t first_position(const tile *t) { return seen_from(t, t->position); }
 static int64_t first_segment(const tile *t) { return first_position(t) / SEGMENT; }
 static int64_t end_segment(const tile *t) { return (t->position + t->tokens + SEGMENT - 1) / SEGMENT; }
 static double work_of(const tile *t) {
@@ -474,14 +478,14 @@ int nyb_paged_attention(const char *keys, const char *values, const int32_t *tab
                         const int32_t *lengths, int64_t sequences, int64_t width, int64_t kv_heads,
                         int64_t page_tokens, int64_t head_dim, int format, float key_scale, float value_scale,
                         const float *q, int64_t q_token, int64_t q_head, float *out, int64_t query_heads, float scale,
-                        int64_t window, int isa, int threads) {
+                        int64_t window, int64_t first, int isa, int threads) {
   job j = {.isa = isa, .head_dim = head_dim, .stride = round_up(head_dim, 16), .value_scale = value_scale};
   j.factor = (float)((double)scale * key_scale * 1.4426950408889634074); /* scores in powers of two */
   const memory_of_sequences pages = {keys, values, table, starts, lengths, sequences, width, kv_heads, page_tokens,
                                      head_dim, format};
   const tile common = {.q = q, .out = out, .q_token = q_token, .q_head = q_head, .out_token = query_heads * head_dim,
                        .page_bytes = kv_heads * page_tokens * head_dim * bytes_of(format), .page_tokens = page_tokens,
-                       .window = window, .head_dim = head_dim, .stride = j.stride,
+                       .window = window, .first = first, .head_dim = head_dim, .stride = j.stride,
                        .group = (int)(query_heads / kv_heads), .format = format};
   cut(&j, &pages, common, query_heads);
   if (!j.count) return 0;
@@ -500,5 +504,5 @@ int nyb_paged_attention(const char *keys, const char *values, const int32_t *tab
 NYB_STEP(nyb_paged_attention) {
   return nyb_paged_attention(v[0].p, v[1].p, v[2].p, v[3].p, v[4].p, v[5].n, v[6].n, v[7].n, v[8].n, v[9].n,
                              (int)v[10].n, (float)v[11].f, (float)v[12].f, v[13].p, v[14].n, v[15].n, v[16].p, v[17].n,
-                             (float)v[18].f, v[19].n, (int)v[20].n, (int)v[21].n);
+                             (float)v[18].f, v[19].n, v[20].n, (int)v[21].n, (int)v[22].n);
 }

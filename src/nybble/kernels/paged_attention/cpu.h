@@ -19,11 +19,12 @@ void nyb_paged_write(char *keys, char *values, const int32_t *table, const int32
                      int format, float key_scale, float value_scale, int64_t *clipped, const float *k, int64_t k_token,
                      int64_t k_head, const float *v, int64_t v_token, int64_t v_head, int isa, int threads);
 
-/* `scale` is that of the softmax; window 0: every position up to the query's own. Returns 0, or 1 without memory. */
+/* `scale` is that of the softmax; window 0: every position up to the query's own; those before `first` are seen by
+ * nobody but themselves. Returns 0, or 1 without memory. */
 int nyb_paged_attention(const char *keys, const char *values, const int32_t *table, const int32_t *starts,
                         const int32_t *lengths, int64_t sequences, int64_t width, int64_t kv_heads,
                         int64_t page_tokens, int64_t head_dim, int format, float key_scale, float value_scale,
                         const float *q, int64_t q_token, int64_t q_head, float *out, int64_t query_heads, float scale,
-                        int64_t window, int isa, int threads);
+                        int64_t window, int64_t first, int isa, int threads);
 
 #endif

@@ -15,9 +15,9 @@ _FORMATS = {torch.float32: 0, torch.bfloat16: 1, FP8: 2}  # the enum of cpu.h
 _PAGES = "pppppsnnnniff"
 # clipped; k and v with their strides; isa, threads
 _WRITE = Kernel("nyb_paged_write", _PAGES + "ppnnpnnii")
-# q with its strides, out, query heads, scale, window; isa, threads
+# q with its strides, out, query heads, scale, window, first; isa, threads
 _ATTENTION = Kernel(
-    "nyb_paged_attention", _PAGES + "pnnpnfnii", fails="attention: no memory for its scratch"
+    "nyb_paged_attention", _PAGES + "pnnpnfnnii", fails="attention: no memory for its scratch"
 )
 
 
@@ -44,12 +44,13 @@ def attention(
     lengths: Tensor,
     scale: float,
     window: int,
+    first: int,
     compute: Compute,
 ) -> Tensor:
     """See the package."""
     out = empty(compute, q.shape)
     described = _describe(pages, table, starts, lengths)
-    result = (out.data_ptr(), q.shape[1], scale, window)
+    result = (out.data_ptr(), q.shape[1], scale, window, first)
     _ATTENTION(compute, *described, *_place(q), *result, *_how(compute))
     return out
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nybble.kernels.compute import Compute
-from nybble.kernels.paged_attention import FP8, Pages
+from nybble.kernels.paged_attention import FP8, Pages, seen_from
 
 #: The largest E4M3 number.
 MOST = 448.0
@@ -42,6 +42,7 @@ def attention(
     lengths: Tensor,
     scale: float,
     window: int,
+    first: int,
     compute: Compute,
 ) -> Tensor:
     """See the package. `compute` changes nothing here: there is no precision to choose."""
@@ -49,9 +50,9 @@ def attention(
     for b, length in enumerate(lengths.tolist()):
         begin, end = starts[b : b + 2].tolist()
         if begin < end:
-            first = max(0, length - window + 1) if window else 0
-            keys = torch.arange(first, length + end - begin)
-            page, offset = _places(table[b], first, length + end - begin, pages.keys.shape[2])
+            lowest = seen_from(length, window, first)
+            keys = torch.arange(lowest, length + end - begin)
+            page, offset = _places(table[b], lowest, length + end - begin, pages.keys.shape[2])
             k, v = (
                 _read(pool, page, offset, scale).transpose(0, 1)  # [Hkv, S, D]
                 for pool, scale in (
@@ -60,7 +61,7 @@ def attention(
                 )
             )
             at = torch.arange(length, length + end - begin)[:, None]
-            seen = keys <= at
+            seen = (keys <= at) & (keys >= at.clamp(max=first))
             if window:
                 seen &= keys > at - window
             out[begin:end] = _softmax_attention(q[begin:end], k, v, seen, scale)

@@ -317,8 +317,8 @@ FN void NAME(weigh_rows)(const scratch *s, int first, int rows, const int *from,
 FN void NAME(rows_block)(const tile *t, const scratch *s, int first, int rows, int64_t block, float factor) {
   int from[ROWS], to[ROWS], low = BLOCK, high = 0;
   for (int r = 0; r < rows; r++) {
-    int64_t at = t->position + (first + r) / t->group; /* of the query; it sees ]at - window, at] */
-    int64_t begin = t->window && at - t->window + 1 > block ? at - t->window + 1 - block : 0;
+    int64_t at = t->position + (first + r) / t->group, low_seen = seen_from(t, at); /* at: of the query */
+    int64_t begin = low_seen > block ? low_seen - block : 0;
     int64_t end = at + 1 - block < BLOCK ? at + 1 - block : BLOCK;
     from[r] = begin < BLOCK ? (int)begin : BLOCK;
     to[r] = end > 0 ? (int)end : 0;
@@ -416,7 +416,7 @@ KERNEL void NAME(tile_segment)(const tile *t, const scratch *s, int64_t segment,
     NAME(store)(s->sums + r * 16, NAME(all)(0));
   }
   int64_t end = t->position + t->tokens; /* what the last query sees */
-  int64_t begin = t->window && t->position - t->window + 1 > 0 ? t->position - t->window + 1 : 0;
+  int64_t begin = seen_from(t, t->position);
   int64_t from = segment * SEGMENT, to = from + SEGMENT < end ? from + SEGMENT : end;
   if (from < begin) from = begin / BLOCK * BLOCK;
   const int64_t bytes = t->head_dim * bytes_of(t->format), ahead = t->split < 0 ? end : to;

@@ -129,7 +129,8 @@ def _check_rules(rules: Rules, rows: int, vocabulary: int) -> None:
         if array.dtype != dtype:
             raise EngineError(f"rules: expected {dtype}, found {array.dtype}")
     starts = rules.starts
-    if starts[0] != 0 or starts[-1] != edits or (starts[1:] < starts[:-1]).any():
+    is_wrong = (starts[1:] < starts[:-1]).any() if edits else starts.any()
+    if is_wrong or starts[0] != 0 or starts[-1] != edits:
         raise EngineError(f"starts {starts.tolist()} of {edits} edits must go from 0 up to all")
     if edits and not 0 <= rules.tokens.min() <= rules.tokens.max() < vocabulary:
         raise EngineError(

@@ -15,6 +15,7 @@
 #include "../isa.h"
 #include "../pool.h"
 
+#define ALONE 65536 /* logits below which the calling thread is done before a worker wakes */
 #define MOST_BLOCKS 2048
 #define MOST_SPAN 2048 /* 2^22 / MOST_BLOCKS */
 #define BUCKETS 2048
@@ -385,5 +386,6 @@ void nyb_choose_tokens(float *logits, int64_t rows, int64_t n, const rule *rules
   job j = {.logits = logits, .n = n, .most = most, .rules = rules, .starts = starts, .tokens = tokens,
            .factors = factors, .shifts = shifts, .before = before, .masks = masks, .mask_bytes = mask_bytes,
            .token = token, .top = top, .logprob = logprob, .top_logprob = top_logprob, .isa = isa};
+  if (rows * n < ALONE) threads = 1;
   nyb_parallel(one_row, &j, rows, threads);
 }

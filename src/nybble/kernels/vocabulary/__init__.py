@@ -1,4 +1,5 @@
-"""What happens to logits when a model is judged: log-likelihoods, and the divergence of two models.
+"""What is asked of whole rows of logits: log-likelihoods and the divergence of two models, when a
+model is judged, and the likeliest entry, when one guesses.
 
 Knows rows of logits over a vocabulary; refuses to know tokens, windows and averages. Exact over the
 whole vocabulary, computed in float64 from float32 logits, without a second array of their size.
@@ -14,9 +15,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from nybble.errors import EvaluationError
+from nybble.errors import EngineError, EvaluationError
 from nybble.kernels import dispatch
 from nybble.kernels.compute import Compute
+from nybble.kernels.tensors import check_rows, check_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,19 @@ def divergence(
     return _backend().divergence(  # type: ignore[no-any-return]
         reference, candidate, targets, compute
     )
+
+
+def likeliest(logits: Tensor, out: Tensor, compute: Compute) -> None:
+    """Write the likeliest entry of each row of logits float32 [M, V] into `out` int64 [M].
+
+    Ties go to the lowest entry, NaN is passed over, and a row of nothing else gives 0. Rows may lie
+    apart. Raises EngineError for other shapes or dtypes.
+    """
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise EngineError(f"likeliest: logits must be [M, V], V > 0, found {list(logits.shape)}")
+    check_rows(logits, "likeliest", "logits", tuple(logits.shape))
+    check_tensor(out, "likeliest", "out", (len(logits),), torch.int64)
+    _backend().likeliest(logits, out, compute)
 
 
 def _backend() -> ModuleType:

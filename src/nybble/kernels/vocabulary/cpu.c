@@ -1,5 +1,5 @@
-/* Log-likelihoods and divergences of rows of logits: rows over threads, instruction sets, entry points. The arithmetic
- * is in rows.h; the definition beside it is reference.py. */
+/* Log-likelihoods, divergences and likeliest entries of rows of logits: rows over threads, instruction sets, entry
+ * points. The arithmetic is in rows.h; the definition beside it is reference.py. */
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
@@ -10,7 +10,9 @@
 
 #include "../isa.h"
 #include "../pool.h"
+#include "../program.h"
 
+#define ALONE 65536 /* entries below which the calling thread is done before a worker wakes */
 #define BLOCK 1024 /* entries: both rows of a pair stay in the first-level cache between maximum and sum */
 
 typedef struct {
@@ -118,4 +120,33 @@ void nyb_divergence(const float *reference, const float *candidate, int64_t rows
   job j = {.reference = reference, .candidate = candidate, .vocabulary = vocabulary, .targets = targets, .kl = kl,
            .nll = {reference_nll, candidate_nll}, .top = {reference_top, candidate_top}, .isa = isa};
   nyb_parallel(divergence_row, &j, rows, threads);
+}
+
+/* ------------------------------------------------------------------------------------------- the likeliest entry */
+
+typedef struct {
+  const float *logits;
+  int64_t stride, vocabulary, *out;
+  int64_t (*likeliest)(const float *row, int64_t n);
+} choice_job;
+
+static void choose(void *context, int64_t i) {
+  const choice_job *j = context;
+  j->out[i] = j->likeliest(j->logits + i * j->stride, j->vocabulary);
+}
+
+void nyb_likeliest(const float *logits, int64_t stride, int64_t *out, int64_t rows, int64_t vocabulary, int isa,
+                   int threads) {
+  choice_job j = {.logits = logits, .stride = stride, .vocabulary = vocabulary, .out = out,
+                  .likeliest = likeliest_portable};
+#if defined(__x86_64__)
+  if (isa >= NYB_ISA_AVX2) j.likeliest = isa >= NYB_ISA_AVX512 ? likeliest_avx512 : likeliest_avx2;
+#else
+  (void)isa;
+#endif
+  nyb_parallel(choose, &j, rows, rows * vocabulary < ALONE ? 1 : threads);
+}
+NYB_STEP(nyb_likeliest) {
+  nyb_likeliest(v[0].p, v[1].n, v[2].p, v[3].n, v[4].n, (int)v[5].n, (int)v[6].n);
+  return 0;
 }

@@ -9,8 +9,12 @@ from torch import Tensor
 
 from nybble.kernels import dispatch
 from nybble.kernels.build import loaded
+from nybble.kernels.calls import Kernel
 from nybble.kernels.compute import Compute
 from nybble.kernels.vocabulary import Divergence, LogLikelihood
+
+# logits with their row stride, out, M, V; isa, threads
+_LIKELIEST = Kernel("nyb_likeliest", "pnptnii")
 
 
 def log_likelihood(logits: Tensor, targets: Tensor, compute: Compute) -> LogLikelihood:
@@ -32,6 +36,12 @@ def divergence(
     outputs = [targets, kl, ours, theirs, our_top, their_top]
     _call("nyb_divergence", [reference, candidate], outputs, compute)
     return Divergence(kl, ours, theirs, our_top, their_top, (-ours).exp(), (-theirs).exp())
+
+
+def likeliest(logits: Tensor, out: Tensor, compute: Compute) -> None:
+    """See the package."""
+    how = (dispatch.isa_level(), compute.threads)
+    _LIKELIEST(compute, logits.data_ptr(), logits.stride(0), out.data_ptr(), *logits.shape, *how)
 
 
 def _call(name: str, logits: list[Tensor], rest: list[Tensor], compute: Compute) -> None:

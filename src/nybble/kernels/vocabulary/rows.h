@@ -65,3 +65,19 @@ KERNEL double NAME(two_rows)(const float *reference, const float *candidate, int
   *theirs = c;
   return apart;
 }
+
+/* The first of the largest entries, NaN passed over; 0 where all are NaN. */
+KERNEL int64_t NAME(likeliest)(const float *row, int64_t n) {
+  float tail[BLOCK], best = -INFINITY;
+  int64_t from = 0; /* nothing before is as large */
+  for (int64_t at = 0; at < n; at += BLOCK) {
+    float top = NAME(largest)(whole_block(row, at, n, tail), BLOCK, best);
+    if (!(top > best)) continue;
+    best = top;
+    from = at;
+  }
+  for (int64_t i = from; i < n; i++) {
+    if (row[i] == best) return i;
+  }
+  return 0;
+}

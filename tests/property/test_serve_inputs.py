@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.engine.request import (
@@ -218,6 +218,7 @@ PIECES = st.lists(
 )
 
 
+@settings(deadline=None)  # the first one loads what the server needs
 @given(PIECES, PIECES, st.booleans(), st.booleans())
 def test_a_streamed_chat_says_what_the_whole_one_says(
     first: list[str], second: list[str], has_logprobs: bool, has_usage: bool

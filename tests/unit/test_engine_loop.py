@@ -401,7 +401,7 @@ def test_whoever_waits_for_a_dead_engine_is_told(
             heard.append((event.choice, finish, event.error))
             engine.scheduler.schedule = broken  # type: ignore[method-assign]
 
-    loop.submit(ask("r", 100, n=2, temperature=1.0, stop=("a", "e", "i")), on_event)
+    loop.submit(ask("r", 100, n=2, temperature=1.0, seed=1, stop=("a", "e", "i")), on_event)
     wait_until(lambda: not loop.is_alive)
     loop.stop()
     assert not loop.is_alive

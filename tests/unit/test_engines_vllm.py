@@ -134,7 +134,8 @@ def test_a_35b_is_not_quadratic(published_35b: Survey) -> None:
     matching._units.pop(published_35b, None)
     begin = time.process_time()
     vllm.ENGINE.replay(published_35b)
-    assert time.process_time() - begin < 30  # 0.1 s on an idle core; a quadratic search takes minutes
+    # 0.1 s on an idle core; a quadratic search takes minutes.
+    assert time.process_time() - begin < 30
 
 
 # ---------------------------------------------------------------------------------------- versions

@@ -47,15 +47,38 @@ def network(folder: str) -> Network:
 
 
 def pools(
-    made: Network, memory: EngineMemory, kv_dtype: str, has_mtp: bool
+    made: Network, memory: EngineMemory, kv_dtype: str, page_tokens: int = 64
 ) -> tuple[PagePool, StatePool]:
     linear = [i for i, kind in enumerate(made.dims.layer_types) if kind == LINEAR]
     full = [i for i in range(made.dims.layers) if i not in linear]
-    if has_mtp:
+    if memory.has_mtp:
         full.append(MTP_LAYER)
+    slots = memory.slots + memory.snapshots
     return (
-        PagePool(made, full, memory.pages, 64, kv_dtype),
-        StatePool(made, linear, memory.slots),
+        PagePool(made, full, memory.pages, page_tokens, kv_dtype),
+        StatePool(made, linear, slots, has_mtp=memory.has_mtp),
+    )
+
+
+@lru_cache
+def small(has_states: bool) -> Network:
+    """A network of unequal sizes, of which thousands of pools fit."""
+    made = network(MOE)
+    kinds = (LINEAR, "full_attention", LINEAR) if has_states else ("full_attention",) * 3
+    return replace(
+        made,
+        dims=replace(
+            made.dims,
+            layers=3,
+            layer_types=kinds,
+            hidden=7,
+            kv_heads=3,
+            head_dim=5,
+            linear_key_heads=2,
+            linear_value_heads=6,
+            linear_key_dim=3,
+            linear_value_dim=4,
+        ),
     )
 
 
@@ -90,12 +113,56 @@ def test_pools_hold_what_was_planned(folder: str, kv_dtype: str, has_mtp: bool) 
         kv_dtype=kv_dtype,
         has_mtp=has_mtp,
     )
-    pages, states = pools(made, memory, kv_dtype, has_mtp)
+    assert (memory.drafts, memory.snapshots, memory.has_mtp) == (0, 0, has_mtp)
+    pages, states = pools(made, memory, kv_dtype)
     assert pages.nbytes == memory.pages * memory.page_bytes
     assert states.nbytes == memory.slots * memory.slot_bytes
     assert pages.nbytes + states.nbytes == memory.total_bytes <= GIB
     assert memory.tokens == memory.pages * 64
     assert (pages.numbers.count, states.numbers.count) == (memory.pages, memory.slots)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_pools_with_drafts_and_snapshots_hold_what_was_planned(data: st.DataObject) -> None:
+    """To the byte, whatever was asked for; and what was asked for is given or given up by rule."""
+    draw = data.draw
+    has_states, has_mtp, cache = (draw(st.booleans()) for _ in range(3))
+    made, page_tokens = small(has_states), draw(st.sampled_from([1, 16, 64]))
+    max_sequences, context = draw(st.integers(1, 9)), draw(st.integers(1, 200))
+    drafts, kv_dtype = draw(st.integers(0, 4)), draw(st.sampled_from(["fp8", "f32"]))
+    asked = draw(st.one_of(st.none(), st.integers(0, 50_000)))
+    budget = draw(st.integers(0, 300_000))
+    try:
+        memory = plan_memory(
+            made.dims,
+            budget_bytes=budget,
+            max_sequences=max_sequences,
+            context=context,
+            page_tokens=page_tokens,
+            kv_dtype=kv_dtype,
+            has_mtp=has_mtp,
+            drafts=drafts,
+            snapshot_bytes=asked,
+            cache=cache,
+        )
+    except DoesNotFit:
+        return
+    pages, states = pools(made, memory, kv_dtype, page_tokens)
+    assert pages.nbytes + states.nbytes == memory.total_bytes <= budget
+    assert states.nbytes == (memory.slots + memory.snapshots) * memory.slot_bytes
+    assert memory.snapshot_bytes == memory.snapshots * memory.slot_bytes
+    assert memory.has_states == (has_states or memory.has_mtp)
+    assert memory.has_mtp == (has_mtp and (memory.drafts > 0 or not drafts))
+    assert memory.slots == memory.sequences * (1 + memory.drafts if memory.has_states else 1)
+    assert 1 <= memory.sequences <= max_sequences
+    if not memory.has_states:
+        assert memory.snapshots == 0
+    elif asked is not None:  # whole slots, and no less
+        assert asked - memory.slot_bytes < memory.snapshot_bytes <= asked
+    if memory.drafts:
+        assert memory.pages >= memory.sequences >= min(4, max_sequences)
+    assert memory.drafts <= drafts
 
 
 @settings(max_examples=200, deadline=None)
@@ -168,6 +235,97 @@ def test_all_that_is_needed_is_planned_and_no_more() -> None:
             dims, budget_bytes=1 << 50, max_sequences=3, context=1000, kv_dtype="fp8"
         )
         assert (plan.total_bytes, plan.pages, plan.slots) == (most, 3 * 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("folder", "asked", "slots", "snapshots"),
+    [
+        (MOE, None, 3 * 4, 64),
+        (MOE, 1 << 30, 3 * 4, (1 << 30) // (65_863_680 + 8_192)),
+        (MOE, 0, 3 * 4, 0),
+        ("Qwen--Qwen3-30B-A3B", None, 3, 0),
+        ("Qwen--Qwen3-30B-A3B", 1 << 30, 3, 0),
+    ],
+)
+def test_most_counts_drafts_snapshots_and_the_pages_of_a_cache(
+    folder: str, asked: int | None, slots: int, snapshots: int
+) -> None:
+    """A budget of just that much is used to the last byte."""
+    dims = network(folder).dims
+    sizes: dict[str, Any] = {
+        "max_sequences": 3,
+        "context": 1000,
+        "has_mtp": folder == MOE,
+        "drafts": 3,
+        "snapshot_bytes": asked,
+        "cache": True,
+    }
+    most = most_bytes(dims, **sizes)
+    for budget in (most, 1 << 50):
+        plan = plan_memory(dims, budget_bytes=budget, **sizes)
+        assert (plan.total_bytes, plan.pages) == (most, 2 * 3 * 16)
+        assert (plan.slots, plan.snapshots, plan.drafts) == (slots, snapshots, 3)
+
+
+def test_a_quarter_of_the_memory_is_snapshots_unasked() -> None:
+    dims = network(MOE).dims
+    plan = partial(plan_memory, dims, max_sequences=32, context=1 << 18, snapshot_bytes=None)
+    found = plan(budget_bytes=8 * GIB)
+    assert found.snapshots == 2 * GIB // 65_863_680 == 32
+    assert plan(budget_bytes=40 * GIB).snapshots == 64  # more would not be used
+    least = page_bytes(dims, 64, "bf16", 10) + slot_bytes(dims)
+    assert plan(budget_bytes=least).snapshots == 0  # a sequence comes first
+
+
+def test_sequences_go_before_drafts_down_to_four() -> None:
+    """A slot is 65.9 MB; half of the budget is for slots, where not all sequences fit."""
+    dims = network(MOE).dims
+    plan = partial(plan_memory, dims, max_sequences=32, context=1 << 18, drafts=3)
+    held = [
+        (found.sequences, found.drafts)
+        for slots in (128, 17, 16, 15, 12, 11, 8, 7, 4, 1)
+        for found in [plan(budget_bytes=2 * slots * 65_863_680)]
+    ]
+    assert held == [
+        (32, 3),
+        (4, 3),
+        (4, 3),
+        (5, 2),
+        (4, 2),
+        (5, 1),
+        (4, 1),
+        (7, 0),
+        (4, 0),
+        (1, 0),
+    ]
+    single = plan_memory(
+        dims, budget_bytes=8 * 65_863_680, max_sequences=1, context=1 << 18, drafts=3
+    )
+    assert (single.sequences, single.drafts) == (1, 3)  # who asked for one has drafts for it
+
+
+def test_an_mtp_head_without_drafts_takes_nothing() -> None:
+    sizes: dict[str, Any] = {"max_sequences": 4, "context": 1 << 18}
+    with_head = plan_memory(
+        network(MOE).dims, budget_bytes=GIB // 4, drafts=2, has_mtp=True, **sizes
+    )
+    without = plan_memory(network(MOE).dims, budget_bytes=GIB // 4, **sizes)
+    assert with_head == without
+    assert not with_head.has_mtp
+
+
+def test_snapshots_that_leave_nothing_or_hold_nothing_are_refused() -> None:
+    dims = network(MOE).dims
+    plan = partial(plan_memory, dims, max_sequences=4, context=1000)
+    with pytest.raises(
+        DoesNotFit, match=r"holds no sequence beside 16 snapshots: .*or lower --snapshot-memory"
+    ) as told:
+        plan(budget_bytes=GIB, snapshot_bytes=GIB)
+    [gib] = re.findall(r"raise --memory to ([\d.]+) \(GiB\)", str(told.value))
+    found = plan(budget_bytes=int(float(gib) * 2**30), snapshot_bytes=GIB)
+    assert (found.snapshots, found.sequences) == (16, 1)
+    with pytest.raises(DoesNotFit, match="1,000 bytes hold no snapshot, .*65,863,680; give --snap"):
+        plan(budget_bytes=GIB, snapshot_bytes=1000)
 
 
 @pytest.mark.parametrize("field", ["max_sequences", "context", "page_tokens"])

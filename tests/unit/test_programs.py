@@ -55,6 +55,27 @@ def test_memory_is_free_when_its_tensor_and_its_views_are_gone() -> None:
     assert program.empty((4, 8)).data_ptr() == place
 
 
+def test_programs_beside_each_other_share_what_neither_holds() -> None:
+    torch.manual_seed(1)
+    x, weight = torch.randn(8, 40), torch.rand(40)
+    first = Program(tokens=8, sequences=1, outputs=1)
+    compute = Compute("f32", 1, first)
+    with first.recording():
+        kept = add(rms_norm(x, weight, EPS, offset=0.0, compute=compute), x, compute)
+    second = Program(tokens=4, sequences=1, outputs=1, beside=first)
+    compute = Compute("f32", 1, second)
+    with second.recording():
+        other = add(rms_norm(x[:4], weight, EPS, offset=1.0, compute=compute), x[:4], compute)
+    assert first.arena_bytes == second.arena_bytes == 64 << 20
+    first.run(tokens=8, sequences=1, outputs=0)
+    before = kept.clone()
+    second.run(tokens=3, sequences=1, outputs=0)
+    one = Compute("f32", 1)
+    assert torch.equal(kept, before)
+    wanted = rms_norm(x[:3], weight, EPS, offset=1.0, compute=one) + x[:3]
+    assert torch.equal(other[:3], wanted)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5000)), max_size=60))
 def test_living_tensors_never_overlap(actions: list[tuple[bool, int]]) -> None:
@@ -125,3 +146,29 @@ def test_the_time_of_each_call_is_measured() -> None:
     program.run(tokens=512, sequences=0, outputs=0, ticks=ticks)
     assert program.names == ["nyb_silu_mul", "nyb_silu_mul"]
     assert 0 <= ticks[0] < ticks[1]
+
+
+def test_a_replay_may_be_of_some_calls_alone() -> None:
+    """In parts with other sizes, as the whole; each part is timed where its calls stand."""
+    torch.manual_seed(2)
+    x = torch.randn(6, 8)
+    program = Program(tokens=6, sequences=1, outputs=1)
+    compute = Compute("f32", 1, program)
+    with program.recording():
+        sums = [add(x, x, compute)]
+        sums.append(add(sums[-1], x, compute))
+        sums.append(add(sums[-1], x, compute))
+    for tensor in sums:
+        tensor.numpy()[:] = -1
+    ticks = np.zeros(3, dtype=np.int64)
+    program.run(tokens=5, sequences=0, outputs=0, calls=(0, 1), ticks=ticks)
+    assert ticks[0] > 0
+    assert ticks[1] == ticks[2] == 0
+    program.run(tokens=4, sequences=0, outputs=0, calls=(1, 3), ticks=ticks)
+    assert (ticks > 0).all()
+    for tensor, factor, rows in zip(sums, (2, 3, 4), (5, 4, 4), strict=True):
+        wanted = x + x
+        for _ in range(factor - 2):
+            wanted = wanted + x
+        assert torch.equal(tensor[:rows], wanted[:rows])
+        assert (tensor[rows:] == -1).all()

@@ -95,6 +95,24 @@ def test_pools_hold_the_layers_that_need_them(network: Network) -> None:
     )
 
 
+def test_an_mtp_head_has_a_hidden_state_in_every_slot(network: Network) -> None:
+    hidden = network.dims.hidden
+    for layers in ([0, 2], []):
+        plain = StatePool(network, layers, 5)
+        pool = StatePool(network, layers, 5, has_mtp=True)
+        assert plain.hidden is None
+        assert pool.hidden is not None
+        assert pool.hidden.shape == (5, hidden)
+        assert pool.nbytes == plain.nbytes + 5 * hidden * 4
+        assert pool.count == plain.count == 5
+
+
+def test_a_sequence_without_new_tokens_writes_no_state(network: Network) -> None:
+    states = [SequenceState([n], slots=[n]) for n in range(3)]
+    batch = make_batch(network, [[5], [], [6, 7]], states)
+    assert batch.writes.tolist() == [0, -1, 2]
+
+
 def test_a_batch_continues_each_sequence(network: Network) -> None:
     a = SequenceState([2, 0], slots=[1, 4], length=7, slot=1)
     b = SequenceState([1], slots=[3])
@@ -106,6 +124,7 @@ def test_a_batch_continues_each_sequence(network: Network) -> None:
     assert batch.slots.tolist() == [4, 3]
     cos, _ = network.rope.tables(torch.tensor([7, 8, 0]))
     assert torch.equal(batch.cos, cos)
+    assert batch.writes.tolist() == [-1, 4, 3]
     a.commit(2, slot=0)
     assert (a.length, a.slot, a.drafts) == (9, 0, [])
 

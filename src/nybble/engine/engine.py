@@ -1,7 +1,8 @@
 """An engine: requests go in between steps, each step gives some of them tokens.
 
-One step is: schedule, forward, sample, commit. The scheduler knows no tensor, the runner no
-request, the sampler no page; here they meet. An error of one request ends that request, and the
+One step is: schedule, forward, commit, sample and verify, draft, remember in the cache. The
+scheduler knows no tensor, the runner no request, the sampler no page; here they meet.
+ An error of one request ends that request, and the
 others go on. Belongs to one thread; `loop.EngineLoop` gives it one.
 """
 
@@ -11,21 +12,28 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nybble.engine import prompt_scores
+from nybble.engine.drafter import Drafter
+from nybble.engine.drafting import Drafting, Part
 from nybble.engine.limits import EngineStats as EngineStats
 from nybble.engine.limits import Limits
+from nybble.engine.prefix import PrefixCache
+from nybble.engine.remembering import Remembering
 from nybble.engine.request import Event, Finish, Grammar, Request, Token
 from nybble.engine.runner import Runner
 from nybble.engine.sampler import BadWords, Choice, Row, Sampler
 from nybble.engine.scheduler import EngineOptions as EngineOptions
 from nybble.engine.scheduler import Scheduler, Share, turn
 from nybble.engine.sequence import Sequence
+from nybble.engine.speculation import Speculation
 from nybble.engine.text_stream import TextStream, spellings
 from nybble.errors import DoesNotFit, EngineError, NybbleError
 from nybble.models.numbers import Numbers
@@ -84,13 +92,30 @@ class _Counts:
     arrivals: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Pick:
-    """A sequence to be sampled from row `at` of a step's logits."""
+    """A sequence to be sampled from row `at` of a step's logits, and from those after it as long as
+    the `drafts` turn out right. `rows` are sampled at once: with options that look back at the
+    text, one. `guesses` counts those that were right; `is_cut`: the last of them ended the text."""
 
     sequence: Sequence
     at: int
     mask: bytes | None
+    drafts: tuple[int, ...] = ()
+    guesses: int = 0
+    rows: int = 1
+    is_cut: bool = False
+
+
+@dataclass(slots=True)
+class _Step:
+    """What becomes of a step: its events; the sequences that were computed, each with the number of
+    its work; and of how many shares the cache has what they leave."""
+
+    shares: list[Share]
+    events: list[Event]
+    parts: list[tuple[Sequence, int]] = field(default_factory=list)
+    kept: int = 0
 
 
 class Engine:
@@ -112,7 +137,14 @@ class Engine:
         sampler: Sampler,
         grammar: Grammars | None = None,
         clipped: Callable[[], int] | None = None,
+        *,
+        cache: PrefixCache | None = None,
+        drafter: Drafter | None = None,
+        speculation: Speculation | None = None,
+        slots_each: int = 1,
     ) -> None:
+        """`slots_each`: how many slots a sequence has, one more than drafts where they move a state
+        on. `drafter` needs `speculation`."""
         self.runner, self.tokenizer, self.options = runner, tokenizer, options
         self.pages, self.slots = pages, slots
         self.sampler, self.grammar = sampler, grammar
@@ -120,7 +152,23 @@ class Engine:
         self.limits = Limits(
             context, pages.count, options.page_tokens, runner.vocab, grammar is not None
         )
-        self.scheduler = Scheduler(options, pages, slots, options.prompt_rows(runner.vocab))
+        self.scheduler = Scheduler(
+            options,
+            pages,
+            slots,
+            options.prompt_rows(runner.vocab),
+            cache=cache,
+            slots_each=slots_each,
+        )
+        self._drafting: Drafting | None = None
+        if drafter is not None and speculation is not None:
+            self._drafting = Drafting(drafter, speculation, self.scheduler)
+            self.scheduler.needs_mtp = self._drafting.needs_entries
+        self._remembering: Remembering | None = None
+        if cache is not None:
+            self._remembering = Remembering(
+                cache, options.page_tokens, lambda source, to: runner.copy((), (), source, to)
+            )
         self._living: dict[str, list[Sequence]] = {}
         self._compiling: list[Sequence] = []  # the first choices of requests that wait for it
         self._counts = _Counts()
@@ -140,18 +188,19 @@ class Engine:
     @property
     def most_sequences(self) -> int:
         """How many sequences run at once: as many as were asked for, or have slots."""
-        return min(self.options.max_sequences, self.slots.count)
+        return min(self.options.max_sequences, self.slots.count // self.scheduler.slots_each)
 
     @property
     def stats(self) -> EngineStats:
         """Figures for people who watch; may be read from another thread."""
         scheduler, counts = self.scheduler, self._counts
         running = len(scheduler.running)
+        cached = 0 if scheduler.cache is None else scheduler.cache.available - self.pages.free
         return EngineStats(
             running=running,
             waiting=max(0, sum(map(len, tuple(self._living.values()))) - running),
             pages=self.pages.count,
-            pages_used=self.pages.count - self.pages.free,
+            pages_used=self.pages.count - self.pages.free - cached,
             slots=self.slots.count,
             slots_used=self.slots.count - self.slots.free,
             steps=counts.steps,
@@ -160,7 +209,39 @@ class Engine:
             generated_tokens=counts.generated,
             recomputed_tokens=counts.recomputed,
             clipped=self._clipped(),
+            **self._cache_figures(),
+            **self._draft_figures(),
         )
+
+    def _cache_figures(self) -> dict[str, Any]:
+        cache = self.scheduler.cache
+        if cache is None:
+            return {}
+        found = cache.figures
+        return {
+            "cache_queries": found.queries,
+            "cache_hits": found.hits,
+            "cache_misses": tuple(found.reasons.items()),
+            "cache_evictions": found.evicted_pages + found.evicted_snapshots,
+            "cached_pages": found.pages,
+            "snapshots": 0 if cache.snapshots is None else cache.snapshots.count,
+            "snapshots_used": found.snapshots,
+        }
+
+    def _draft_figures(self) -> dict[str, Any]:
+        if self._drafting is None:
+            return {
+                "drafting": "nobody guesses: it was not asked for, or memory has no states for it"
+            }
+        found = self._drafting.speculation.figures
+        return {
+            "draft_steps": found.steps,
+            "drafted": found.drafted,
+            "accepted": found.accepted,
+            "drafted_by_position": found.drafted_by_position,
+            "accepted_by_position": found.accepted_by_position,
+            "drafting": found.reason,
+        }
 
     def validate(self, request: Request) -> None:
         """Raise what `add` would raise, but for an id in use and a grammar that does not compile.
@@ -208,6 +289,7 @@ class Engine:
         bad_words = BadWords(spellings(self.tokenizer, params.bad_words))
         arrival = self._counts.arrivals
         self._counts.arrivals += 1
+        boundaries = self._boundaries(request)
         now = time.monotonic()
         made = []
         for choice in range(params.n):
@@ -227,9 +309,17 @@ class Engine:
                     output,
                     computed=len(request.prompt) if choice else 0,
                     arrived=now,
+                    boundaries=boundaries,
                 )
             )
         return made
+
+    def _boundaries(self, request: Request) -> tuple[int, ...]:
+        """Where turns of a prompt end."""
+        if request.boundaries is not None or self.scheduler.cache is None:
+            return request.boundaries or ()
+        ends = np.isin(np.array(request.prompt), sorted(self.tokenizer.eos_ids))
+        return tuple((np.flatnonzero(ends) + 1).tolist())
 
     def cancel(self, id: str) -> list[Event]:
         """End a request now and free what it holds; nothing, if it has ended or never began."""
@@ -243,14 +333,13 @@ class Engine:
         sequences = list(self._living.get(id, ()))
         for sequence in sequences:
             self._forget(sequence)
-        return [
-            Event(id, s.choice, finish=finish, error=error, queued_s=s.told_wait())
-            for s in sequences
-        ]
+        return [s.event(finish=finish, error=error) for s in sequences if not s.is_ended]
 
     def _forget(self, sequence: Sequence) -> None:
         """A choice has ended: free what it holds."""
         self.scheduler.remove(sequence)
+        if self._drafting is not None:
+            self._drafting.drop((sequence,))
         if sequence.request.params.grammar is not None and self.grammar is not None:
             self.grammar.drop(sequence.key)
             self._compiling = [other for other in self._compiling if other is not sequence]
@@ -259,14 +348,28 @@ class Engine:
         if not living:
             del self._living[sequence.request.id]
 
-    def check(self) -> None:
-        """Raise EngineError unless every page and slot has one owner, and is free when idle."""
-        for numbers in (self.pages, self.slots):
+    def check(self, *, is_whole: bool = True) -> None:
+        """Raise EngineError unless every page and slot has one owner, and is free, or the cache's,
+        when idle. `is_whole`: the cache is walked too, which takes milliseconds for a large one."""
+        cache, held = self.scheduler.cache, 0
+        if cache is not None:
+            if is_whole:
+                cache.check(
+                    [
+                        page
+                        for s in self.scheduler.running
+                        for page in s.state.pages[len(s.lease.nodes) if s.lease else 0 :]
+                    ]
+                )
+            if cache.reserved:
+                raise EngineError(f"{cache.reserved} snapshots are reserved between steps: lost")
+            held = cache.figures.pages
+        for numbers, cached in ((self.pages, held), (self.slots, 0)):
             numbers.check()
-            if self.is_idle and numbers.free < numbers.count:
+            if self.is_idle and numbers.free + cached < numbers.count:
                 raise EngineError(
-                    f"the engine is idle and {numbers.count - numbers.free} of {numbers.count} "
-                    "pages or slots are not free: they are lost"
+                    f"the engine is idle and {numbers.count - numbers.free - cached} of "
+                    f"{numbers.count} pages or slots are not free: they are lost"
                 )
 
     def close(self) -> None:
@@ -286,12 +389,15 @@ class Engine:
         if not shares:
             self._rest()
             return events
+        step = _Step(shares, events)
         try:
-            self._run(shares, events)
+            self._run(step)
         except Exception as error:  # whatever it is, it is about these requests
             reason = str(error) or type(error).__name__
             is_ours = not isinstance(error, NybbleError)
             log.error("a step of %d sequences failed: %s", len(shares), reason, exc_info=is_ours)
+            for share in shares[step.kept :]:
+                self.scheduler.drop(share)
             for share in shares:
                 events += self._end_request(share.sequence.request.id, "error", reason)
         self._counts.steps += 1
@@ -323,35 +429,83 @@ class Engine:
         if not self.is_idle:
             raise EngineError(f"none of {len(self._living)} requests can go on: a lost turn")
 
-    def _run(self, shares: list[Share], events: list[Event]) -> None:
-        """One step; `events` is filled as they come, so that an error loses none."""
-        now = time.monotonic()
-        for share in shares:
-            share.sequence.begin(now)
+    def _run(self, step: _Step) -> None:
+        """One step; its events are filled as they come, so that an error loses none."""
+        begun = time.monotonic()
+        for share in step.shares:
+            self._begin(share.sequence, begun)
         try:
-            logits, masks = self._forward(shares)
+            logits, masks = self._forward(step.shares)
         except DoesNotFit as error:
-            events += self._shrink(shares, str(error))
+            step.events += self._shrink(step.shares, str(error))
+            step.kept = len(step.shares)
             return
+        self._verify(step, self._commit_all(step, logits, masks), logits)
+        computed = time.monotonic()
+        if self._drafting is not None:
+            self._draft(self._drafting, step, computed - begun)
+        if self._remembering is not None:
+            for share in step.shares:
+                step.kept += 1
+                self._remembering.keep(share)
+        for sequence, _ in step.parts:
+            if sequence.is_ended:
+                self._forget(sequence)
+
+    def _begin(self, sequence: Sequence, now: float) -> None:
+        """A step computes for a sequence, maybe its first."""
+        if sequence.is_new and self._drafting is not None:
+            self._drafting.begin(sequence)
+        sequence.is_new = False
+        if sequence.arrived is not None:
+            self._counts.prompt += max(0, sequence.cached - sequence.computed)
+            sequence.computed = max(sequence.computed, sequence.cached)
+        sequence.begin(now)
+
+    def _commit_all(self, step: _Step, logits: Tensor, masks: dict[int, bytes]) -> list[_Pick]:
+        """Note what is computed, and what it tells of prompts; who is sampled now."""
         picks: list[_Pick] = []
         end = 0
-        for share in shares:
+        for number, share in enumerate(step.shares):
             end += share.work.outputs
+            sequence = share.sequence
             self._commit(share)
+            step.parts.append((sequence, number))
             if share.scored:
-                events += self._score(share, logits[end - share.scored : end])
-            if share.is_sampled and share.sequence.request.id in self._living:
-                mask = masks.get(share.sequence.key)
-                picks += [_Pick(s, end - 1, mask) for s in self._sharing(share.sequence)]
-        for pick, choice in zip(picks, self._sample(picks, logits), strict=True):
-            events += self._take(pick.sequence, choice)
+                step.events += self._score(share, logits[end - share.scored : end])
+            if not (share.is_sampled and self._lives(sequence)):
+                continue
+            mask, first = masks.get(sequence.key), end - 1 - len(share.drafts)
+            picks.append(_Pick(sequence, first, mask, share.drafts))
+            for other in self._forked(sequence):
+                step.parts.append((other, number))
+                picks.append(_Pick(other, first, mask))
+        return picks
+
+    def _lives(self, sequence: Sequence) -> bool:
+        return sequence in self._living.get(sequence.request.id, ())
+
+    def _draft(self, drafting: Drafting, step: _Step, computed_s: float) -> None:
+        """Have the next tokens of sequences guessed, and tell the policy what the step took."""
+        begun = time.monotonic()
+        parts = [Part(s, n, s.is_ended) for s, n in step.parts if self._lives(s)]
+        try:
+            drafting.propose(parts)
+        except DoesNotFit as error:  # tokens come without drafts too
+            log.warning("no memory for drafts: %s; these sequences go on without", error)
+            drafting.give_up(parts)
+        if all(share.is_sampled and share.work.is_recurrent for share in step.shares):
+            rows = sum(len(share.work.tokens) for share in step.shares)
+            took = time.monotonic() - begun
+            drafting.speculation.note_step(len(step.shares), rows, computed_s, took)
 
     def _shrink(self, shares: list[Share], reason: str) -> list[Event]:
         """A batch found no memory: its last in turn ends, and the others begin again, since a
         part of their states may have been moved on."""
         sequences = [share.sequence for share in shares]
-        for sequence in sequences:
-            self.scheduler.preempt(sequence)
+        for share in shares:
+            self.scheduler.drop(share)
+            self.scheduler.preempt(share.sequence)
         last = max(sequences, key=lambda sequence: sequence.turn)
         log.error("a step of %d sequences failed: %s; the last in turn ends", len(shares), reason)
         return self._end_request(last.request.id, "error", reason)
@@ -375,7 +529,7 @@ class Engine:
         is_prompt, before = sequence.is_prefilling, sequence.computed
         self.scheduler.commit(share)
         fresh = sequence.computed - before
-        counts.recomputed += len(share.work.tokens) - fresh
+        counts.recomputed += len(share.work.tokens) - len(share.drafts) - fresh
         if is_prompt:
             counts.prompt += fresh
 
@@ -389,38 +543,88 @@ class Engine:
             return self._end_request(sequence.request.id, "error", str(error))
         if sequence.is_prefilling:
             return []
-        told, queued_s = prompt_scores.told(sequence), sequence.told_wait()
-        return [Event(sequence.request.id, sequence.choice, prompt=told, queued_s=queued_s)]
+        return [sequence.event(prompt=prompt_scores.told(sequence))]
 
-    def _sharing(self, leader: Sequence) -> list[Sequence]:
-        """Who is sampled from a sequence's row: it, and its followers, once its prompt is computed
-        and they have found room for a copy of its state."""
+    def _forked(self, leader: Sequence) -> list[Sequence]:
+        """The other choices of a sequence whose prompt was just computed, those that have found
+        room for a copy of its state."""
         forked = self.scheduler.fork(leader) if leader.followers else []
         source, now = leader.state, time.monotonic()
         for sequence in forked:
             sequence.begin(now)
             state = sequence.state
-            pages = source.pages[: len(state.pages)]
-            self.runner.copy(pages, state.pages, source.slots[source.slot], state.slots[state.slot])
-        return [leader, *forked]
+            shared = 0 if sequence.lease is None else len(sequence.lease.nodes)
+            pages, own = source.pages[shared : len(state.pages)], state.pages[shared:]
+            self.runner.copy(pages, own, source.slots[source.slot], state.slots[state.slot])
+        return forked
+
+    def _verify(self, step: _Step, picks: list[_Pick], logits: Tensor) -> None:
+        """Sample the next token of each, and further ones as long as drafts equal what is sampled.
+
+        The noise of a token is keyed by its position, and what looks back at a text looks at the
+        text itself: so tokens are those that would have come without drafts.
+        """
+        drafted = [(pick, len(pick.drafts)) for pick in picks]
+        while picks:
+            found = iter(self._sample(picks, logits))
+            picks = [p for p in picks if self._follow(step, p, list(islice(found, p.rows)))]
+            self._find_masks(picks)
+        if self._drafting is not None:
+            for pick, count in drafted:
+                # Of drafts after one that was right, and the end, nothing is known.
+                seen = pick.guesses if pick.is_cut else count
+                if seen and self._lives(pick.sequence):
+                    self._drafting.speculation.note(pick.sequence.key, seen, pick.guesses)
+
+    def _follow(self, step: _Step, pick: _Pick, choices: list[Choice]) -> bool:
+        """Take tokens as far as drafts were right; whether more may come of this step."""
+        drafted = len(pick.drafts) if not pick.guesses else 0
+        for choice in choices:
+            is_right = bool(pick.drafts) and choice.token == pick.drafts[0]
+            told = {"drafted": drafted, "accepted": int(is_right)}
+            step.events += self._take(pick.sequence, choice, told)
+            drafted = 0
+            if not is_right or not self._lives(pick.sequence):
+                return False
+            pick.at, pick.drafts, pick.guesses = pick.at + 1, pick.drafts[1:], pick.guesses + 1
+            if pick.sequence.is_ended:
+                pick.is_cut = True
+                return False
+            self.scheduler.accept(pick.sequence)
+        return True
+
+    def _find_masks(self, picks: list[_Pick]) -> None:
+        """What grammars allow after a draft that was right."""
+        ruled = [p for p in picks if p.sequence.request.params.grammar is not None]
+        if ruled and self.grammar is not None:
+            self.grammar.ask([pick.sequence.key for pick in ruled])
+            for pick, mask in zip(ruled, self.grammar.collect(), strict=True):
+                pick.mask = mask
 
     def _sample(self, picks: list[_Pick], logits: Tensor) -> list[Choice]:
-        if not picks:
-            return []
+        """The choices of all rows of the picks, in their order."""
+        at: list[int] = []
+        rows: list[Row] = []
+        ahead: list[int] = []
         for pick in picks:
             sequence, row = pick.sequence, pick.sequence.row
             is_early = len(sequence.output) < sequence.request.params.min_tokens
             row.position, row.mask = sequence.known, pick.mask
             row.banned = sequence.ends if is_early else ()
-        at = [pick.at for pick in picks]
+            pick.rows = 1 + len(pick.drafts) if sequence.is_memoryless else 1
+            at += range(pick.at, pick.at + pick.rows)
+            rows += [row] * pick.rows
+            ahead += range(pick.rows)
+        if at == list(range(len(logits))):
+            return self.sampler.sample(logits, rows, ahead)
         with torch_alone():
-            rows = logits if at == list(range(len(logits))) else logits[torch.tensor(at)]
-        return self.sampler.sample(rows, [pick.sequence.row for pick in picks])
+            chosen = logits[torch.tensor(at)]
+        return self.sampler.sample(chosen, rows, ahead)
 
-    def _take(self, sequence: Sequence, choice: Choice) -> list[Event]:
+    def _take(self, sequence: Sequence, choice: Choice, told: dict[str, int]) -> list[Event]:
         """Add a token to a sequence, and say so."""
         request = sequence.request.id
-        if request not in self._living:  # another choice of it has just failed
+        if not self._lives(sequence):  # another choice of its request has just failed
             return []
         if choice.error:
             reason = self._failure(sequence) or choice.error
@@ -433,10 +637,9 @@ class Engine:
             text, finish = self._read(sequence, choice.token)
         except NybbleError as error:
             return self._end_request(request, "error", str(error))
-        if finish:
-            self._forget(sequence)
+        sequence.is_ended = bool(finish)
         token = Token(choice.token, text, choice.logprob, finish, choice.top)
-        return [Event(request, sequence.choice, token, queued_s=sequence.told_wait())]
+        return [sequence.event(token, drafted=told["drafted"], accepted=told["accepted"])]
 
     def _failure(self, sequence: Sequence) -> str:
         has_grammar = sequence.request.params.grammar is not None

@@ -90,7 +90,11 @@ class EngineStats:
 
     `prompt_tokens` and `generated_tokens` count each once; `recomputed_tokens` those that were
     computed again, after preemption or for another choice of the same prompt. `clipped` keys and
-    values were too large for FP8 pages.
+    values were too large for FP8 pages. `pages_used` are those of sequences that run; others may be
+    `cached_pages`, which whoever needs them gets. `cache_queries` counts tokens of prompts that
+    were looked up, `cache_hits` those found, `cache_misses` the reasons why not all. `draft_steps`
+    counts verifications, each of one sequence; `drafted` tokens were guessed, `accepted` rightly,
+    also by their position; `drafting` is why nothing is guessed, "" while something is.
     """
 
     running: int
@@ -105,3 +109,16 @@ class EngineStats:
     generated_tokens: int
     recomputed_tokens: int
     clipped: int = 0
+    cache_queries: int = 0
+    cache_hits: int = 0
+    cache_misses: tuple[tuple[str, int], ...] = ()
+    cache_evictions: int = 0
+    cached_pages: int = 0
+    snapshots: int = 0
+    snapshots_used: int = 0
+    draft_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafted_by_position: tuple[int, ...] = ()
+    accepted_by_position: tuple[int, ...] = ()
+    drafting: str = ""

@@ -27,6 +27,8 @@ OnEvent = Callable[[Event], None]
 _ENDINGS = 32
 _PACE_S = 60
 _LONGEST_WAIT_S = 60
+#: An idle engine's cache is walked at most this often.
+_WHOLE_CHECK_S = 60
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +56,7 @@ class EngineLoop:
         self._most = engine.most_sequences + max_waiting
         self.busy_since: float | None = None
         self._computed_s = 0.0  # what all steps took until now
+        self._checked = -math.inf
         # All below is guarded by the condition; the engine itself is the thread's alone.
         self._changed = threading.Condition()
         self._open: dict[str, _Open] = {}
@@ -218,12 +221,19 @@ class EngineLoop:
         try:
             self._deliver(self.engine.step())
             if self.engine.is_idle:
-                self.engine.check()
+                self._check()
         except Exception as error:
             self._fail(error)
         finally:
             self._computed_s += time.monotonic() - began
             self.busy_since = None
+
+    def _check(self) -> None:
+        """Nothing may be lost; now and then the cache is walked for it, too."""
+        now = time.monotonic()
+        is_whole = now - self._checked >= _WHOLE_CHECK_S
+        self._checked = now if is_whole else self._checked
+        self.engine.check(is_whole=is_whole)
 
     def _fail(self, error: Exception) -> None:
         """Nobody knows what state the engine is in: begin with an empty one."""

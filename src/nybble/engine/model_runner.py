@@ -1,7 +1,8 @@
 """The runner of a model: a step's numbers go into fixed buffers, and a program is replayed.
 
 The model's own forward is recorded once, at the largest step; every smaller one is a replay with
-other counts. Without compiled kernels the forward itself is called.
+other counts. Without compiled kernels the forward itself is called. Where there is an MTP head to
+draft with, `MtpRunner` runs it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from nybble.engine.runner import Work
+from nybble.engine.mtp_runner import MtpRunner
+from nybble.engine.runner import Guess, Work
+from nybble.engine.step_inputs import Angles, StepInputs, written_states
 from nybble.errors import ContextTooLong, EngineError
 from nybble.kernels import dispatch
 from nybble.kernels.compute import Compute
@@ -22,9 +24,8 @@ from nybble.kernels.elementwise import look_up
 from nybble.kernels.gated_delta import CHUNK
 from nybble.kernels.program import Program
 from nybble.models.linear import Mode
-from nybble.models.model import Model
-from nybble.models.rope import Rope
-from nybble.models.state import Batch, PagePool, StatePool
+from nybble.models.model import MTP_LAYER, Model
+from nybble.models.state import PagePool, StatePool
 from nybble.models.threads import torch_alone
 
 
@@ -48,11 +49,23 @@ class ModelRunner:
         states: StatePool,
         most: StepSize,
         compute: Compute | None = None,
+        *,
+        has_mtp: bool = False,
     ) -> None:
-        """Raises ModelError for a checkpoint that cannot be computed, DoesNotFit without memory."""
+        """`has_mtp`: the MTP head runs too; both pools are made with it then. Raises ModelError for
+        a checkpoint that cannot be computed, EngineError for an MTP head that is not there,
+        DoesNotFit without memory."""
         self.model, self.pages, self.states, self.most = model, pages, states, most
         self.mode = Mode(compute or Compute())
-        self._inputs = _Inputs(model, pages.page_tokens, most)
+        self._angles = Angles(model.network.rope, most.context)
+        self._inputs = StepInputs(self._angles, most.tokens, most.sequences, pages.page_tokens)
+        self._wanted = torch.zeros(most.outputs, dtype=torch.int64)
+        self._wants, self._rows = self._wanted.numpy(), np.arange(most.tokens)
+        self._mtp: MtpRunner | None = None
+        if has_mtp:
+            place = (self._angles, most.tokens, most.sequences)
+            self._mtp = MtpRunner(model, pages, states, *place, self.mode)
+        self._slots = [a.numpy() for a in _slot_tensors(states)]
         self._program: Program | None = None
         self._logits = torch.empty(0)
         self._reason: str | None = None
@@ -65,10 +78,11 @@ class ModelRunner:
         return self.model.network.dims.vocab
 
     def describe(self) -> str:
-        """All about how it computes that decides about bits: kernels, precision, pages, scales."""
-        held = next(iter(self.pages.layers.values()), None)
-        pages = "none" if held is None else str(held.keys.dtype)
-        scales = [(p.key_scale, p.value_scale) for p in self.pages.layers.values()]
+        """All about how it computes that decides about bits: kernels, precision, pages, scales; not
+        the MTP head, whose guesses change none."""
+        trunk = [page for i, page in self.pages.layers.items() if i != MTP_LAYER]
+        pages = str(trunk[0].keys.dtype) if trunk else "none"
+        scales = [(page.key_scale, page.value_scale) for page in trunk]
         return f"{dispatch.choose()} {self.mode.compute.precision} {pages} {scales}"
 
     @property
@@ -78,9 +92,10 @@ class ModelRunner:
 
     @property
     def nbytes(self) -> int:
-        """What a step takes beside the pools and the weights, at its largest."""
+        """What a step takes beside the pools and the checkpoint's weights, at its largest."""
         arena = 0 if self._program is None else self._program.arena_bytes
-        return arena + self._inputs.nbytes
+        head = 0 if self._mtp is None else self._mtp.nbytes + self.model.draft_head_bytes
+        return arena + head + self._inputs.nbytes + self._wanted.nbytes + self._angles.nbytes
 
     def forward(self, works: Sequence[Work]) -> Tensor:
         """The logits float32 [sum of outputs, V] of a batch, overwritten by the next call.
@@ -89,25 +104,62 @@ class ModelRunner:
         written; ContextTooLong for positions beyond the model's context.
         """
         self._check(works)
-        tokens, outputs = self._inputs.fill(works)
+        if self._mtp is not None:
+            self._mtp.begin(works)
+        tokens = self._inputs.fill(works)
+        outputs = self._want(works)
         if self._program is None:
-            return self._forward(len(works), tokens, outputs)
-        self._program.run(tokens=tokens, sequences=len(works), outputs=outputs)
-        return self._logits[:outputs]
+            logits = self._forward(len(works), tokens, outputs)
+        else:
+            self._program.run(tokens=tokens, sequences=len(works), outputs=outputs)
+            logits = self._logits[:outputs]
+        if self._mtp is not None:
+            self._mtp.finish(works)
+        return logits
+
+    def guess(self, guesses: Sequence[Guess]) -> list[list[int]]:
+        """What the MTP head makes of the last forward; see `runner.Runner`.
+
+        Raises EngineError for a runner without the head, and, before anything is written, for
+        tokens that the last forward does not reach and positions without a page.
+        """
+        if self._mtp is None:
+            raise EngineError("this runner was made without the MTP head: pass has_mtp=True")
+        return self._mtp.guess(guesses)
 
     def copy(
         self, from_pages: Sequence[int], to_pages: Sequence[int], from_slot: int, to_slot: int
     ) -> None:
-        """Give another sequence the same state: its pages and slot are written over."""
-        source, target = torch.tensor(list(from_pages)), torch.tensor(list(to_pages))
+        """Give another sequence the same state: its pages and slot are written over. Raises
+        EngineError for slots that are not there."""
+        if (
+            self._slots
+            and not 0 <= min(from_slot, to_slot) <= max(from_slot, to_slot) < self._count
+        ):
+            raise EngineError(f"a copy of slot {from_slot} to {to_slot}, of {self._count} slots")
+        if len(from_pages):
+            self._copy_pages(torch.tensor(list(from_pages)), torch.tensor(list(to_pages)))
+        self._copy_slot(from_slot, to_slot)
+
+    def _copy_pages(self, source: Tensor, target: Tensor) -> None:
         with torch_alone():
             for layer in self.pages.layers.values():
                 for pool in (layer.keys, layer.values):
                     raw = pool.view(torch.uint8)  # index_copy_ knows no FP8
                     raw[target] = raw[source]
-            for state in self.states.layers.values():
-                state.conv[to_slot] = state.conv[from_slot]
-                state.state[to_slot] = state.state[from_slot]
+
+    def _copy_slot(self, source: int, target: int) -> None:
+        for array in self._slots:
+            array[target] = array[source]
+
+    def _want(self, works: Sequence[Work]) -> int:
+        """Note of which rows logits are wanted; how many."""
+        wanted, rows, at, made = self._wants, self._rows, 0, 0
+        for work in works:
+            at += len(work.tokens)
+            wanted[made : made + work.outputs] = rows[at - work.outputs : at]
+            made += work.outputs
+        return made
 
     def explain(self) -> str:
         """Why logits are NaN: the first tensor of the checkpoint that holds NaN or infinity, with
@@ -125,21 +177,27 @@ class ModelRunner:
         most = self.most
         program = Program(tokens=most.tokens, sequences=most.sequences, outputs=most.outputs)
         mode = Mode(Compute(self.mode.compute.precision, self.mode.compute.threads, program))
-        program.keep((self.model, self.pages, self.states, self._inputs))
-        self.model.prepare()  # making the parts computes with torch
+        program.keep((self.model, self.pages, self.states, self._inputs, self._wanted, self._mtp))
+        self.model.prepare(has_mtp=self._mtp is not None)  # making the parts computes with torch
         with program.recording():
-            normed = self.model.forward(
-                self._inputs.batch(most.sequences, most.tokens), self.pages, self.states, mode
-            )
+            normed = self._normed(most.sequences, most.tokens, mode)
             with program.counting("outputs"):
-                rows = look_up(normed.numpy(), self._inputs.wanted, mode.compute)
+                rows = look_up(normed.numpy(), self._wanted, mode.compute)
                 self._logits = self.model.logits(rows, mode)
+        del normed, rows
         self._program = program
+        if self._mtp is not None:
+            self._mtp.record(program)
 
     def _forward(self, sequences: int, tokens: int, outputs: int) -> Tensor:
-        batch = self._inputs.batch(sequences, tokens)
-        normed = self.model.forward(batch, self.pages, self.states, self.mode)
-        return self.model.logits(normed[self._inputs.wanted[:outputs]], self.mode)
+        normed = self._normed(sequences, tokens, self.mode)
+        return self.model.logits(normed[self._wanted[:outputs]], self.mode)
+
+    def _normed(self, sequences: int, tokens: int, mode: Mode) -> Tensor:
+        """The final normed hidden states, where the MTP head finds them if there is one."""
+        batch = self._inputs.batch(sequences, tokens, mode.compute)
+        out = None if self._mtp is None else self._mtp.normed[:tokens]
+        return self.model.forward(batch, self.pages, self.states, mode, out)
 
     # --------------------------------------------------------------------------------- checking
 
@@ -154,13 +212,11 @@ class ModelRunner:
             )
         if outputs > most.outputs:
             raise EngineError(f"a step with {outputs} rows of logits, made for {most.outputs}")
-        slots = [w.slot for w in works]
-        if self.states.layers and (
-            len(set(slots)) < len(slots) or not 0 <= min(slots) <= max(slots) < self._slots
-        ):
-            raise EngineError(f"a step with slots {slots} of {self._slots}, each once")
         for work in works:
             self._check_work(work)
+            self._check_writes(work)
+        if self._slots:
+            self._check_slots(works)
 
     def _check_work(self, work: Work) -> None:
         end, size = work.length + len(work.tokens), self.pages.page_tokens
@@ -187,105 +243,45 @@ class ModelRunner:
                 f"{self.vocab:,}; the tokenizer belongs to another model"
             )
 
-    @property
-    def _slots(self) -> int:
-        return self.states.numbers.count
+    def _check_writes(self, work: Work) -> None:
+        counts = [count for count, _ in written_states(work)]
+        if counts != sorted({*counts}) or counts[0] < 1 or counts[-1] != len(work.tokens):
+            raise EngineError(
+                f"states written after {counts} tokens of {len(work.tokens)}; expected rising "
+                "counts, the last after all"
+            )
+        ends = [work.length + count for count in counts if count < len(work.tokens)]
+        if not work.is_recurrent and any(end % CHUNK for end in ends):
+            raise EngineError(
+                f"a chunk writes states after {ends} tokens, expected multiples of {CHUNK} before "
+                "its end"
+            )
 
-
-class _Inputs:
-    """The numbers of a batch, in memory whose addresses a program holds."""
-
-    def __init__(self, model: Model, page_tokens: int, most: StepSize) -> None:
-        rotary = len(model.network.rope.inverse)
-        width = -(-most.context // page_tokens)
-        self.tokens = torch.zeros(most.tokens, dtype=torch.int64)
-        self.starts = torch.zeros(most.sequences + 1, dtype=torch.int32)
-        self.lengths = torch.zeros(most.sequences, dtype=torch.int32)
-        self.table = torch.full((most.sequences, width), -1, dtype=torch.int32)
-        self.slots = torch.zeros(most.sequences, dtype=torch.int32)
-        self.recurrent = torch.zeros(most.sequences, dtype=torch.int32)
-        self.cos = torch.zeros((most.tokens, rotary))
-        self.sin = torch.zeros((most.tokens, rotary))
-        self.wanted = torch.zeros(most.outputs, dtype=torch.int64)
-        self._angles = _Angles(model.network.rope, most.context)
-        self._rows: list[list[int]] = [[] for _ in range(most.sequences)]
-
-    @property
-    def nbytes(self) -> int:
-        found = (self.tokens, self.starts, self.lengths, self.table, self.slots, self.recurrent)
-        held = sum(t.nbytes for t in (*found, self.cos, self.sin, self.wanted))
-        return held + self._angles.nbytes
-
-    def batch(self, sequences: int, tokens: int) -> Batch:
-        """The first so many, as a batch."""
-        return Batch(
-            self.tokens[:tokens],
-            self.starts[: sequences + 1],
-            self.lengths[:sequences],
-            self.table[:sequences],
-            self.slots[:sequences],
-            self.cos[:tokens],
-            self.sin[:tokens],
-            self.recurrent[:sequences],
-        )
-
-    def fill(self, works: Sequence[Work]) -> tuple[int, int]:
-        """Write a batch down; how many tokens and outputs it has."""
-        tokens, starts, lengths = self.tokens.numpy(), self.starts.numpy(), self.lengths.numpy()
-        slots, wanted = self.slots.numpy(), self.wanted.numpy()
-        recurrent = self.recurrent.numpy()
-        at = made = 0
-        positions = []
+    def _check_slots(self, works: Sequence[Work]) -> None:
+        """A slot is written once, and then read by its writer alone."""
+        owners: dict[int, int] = {}
         for i, work in enumerate(works):
-            end = at + len(work.tokens)
-            tokens[at:end] = work.tokens
-            lengths[i], slots[i], recurrent[i] = work.length, work.slot, work.is_recurrent
-            self._write_pages(i, work)
-            wanted[made : made + work.outputs] = np.arange(end - work.outputs, end)
-            positions.append(np.arange(work.length, work.length + len(work.tokens)))
-            made += work.outputs
-            at = end
-            starts[i + 1] = end
-        found = np.concatenate(positions)
-        self._angles.look_up(found, self.cos.numpy()[:at], self.sin.numpy()[:at])
-        return at, made
-
-    def _write_pages(self, row: int, work: Work) -> None:
-        """Only what a decode adds is new where the row held the same sequence a step ago."""
-        count, before = len(work.pages), self._rows[row]
-        start = len(before) if work.pages[: len(before)] == before else 0
-        self.table.numpy()[row, start:count] = work.pages[start:]
-        self._rows[row] = list(work.pages)
-
-
-class _Angles:
-    """Cosine and sine of positions, float32 [N, R / 2], made in blocks when they are first met."""
-
-    BLOCK = 4096
-
-    def __init__(self, rope: Rope, context: int) -> None:
-        self.rope = rope
-        shape = (context, len(rope.inverse))
-        self.cos, self.sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        self.known = np.zeros(-(-context // self.BLOCK), dtype=bool)
+            for _, slot in written_states(work):
+                if not 0 <= slot < self._count or slot in owners:
+                    raise EngineError(
+                        f"work {i} writes slot {slot}, of {self._count} slots, each written once"
+                    )
+                owners[slot] = i
+        for i, work in enumerate(works):
+            if not 0 <= work.slot < self._count:
+                raise EngineError(f"work {i} reads slot {work.slot}, of {self._count} slots")
+            if work.length and owners.get(work.slot, i) != i:
+                raise EngineError(
+                    f"work {i} reads slot {work.slot}, which work {owners[work.slot]} writes; only "
+                    "slots that nobody writes are shared"
+                )
 
     @property
-    def nbytes(self) -> int:
-        """At most: blocks that nobody reached were never touched."""
-        return self.cos.nbytes + self.sin.nbytes
+    def _count(self) -> int:
+        return self.states.count
 
-    def look_up(
-        self, positions: NDArray[np.int64], cos: NDArray[np.float32], sin: NDArray[np.float32]
-    ) -> None:
-        """Write those of some positions into cos and sin."""
-        for block in np.unique(positions // self.BLOCK):
-            if not self.known[block]:
-                self._make(int(block))
-        np.take(self.cos, positions, axis=0, out=cos, mode="clip")
-        np.take(self.sin, positions, axis=0, out=sin, mode="clip")
 
-    def _make(self, block: int) -> None:
-        start, end = block * self.BLOCK, min((block + 1) * self.BLOCK, len(self.cos))
-        cos, sin = self.rope.tables(torch.arange(start, end))
-        self.cos[start:end], self.sin[start:end] = cos.numpy(), sin.numpy()
-        self.known[block] = True
+def _slot_tensors(states: StatePool) -> list[Tensor]:
+    """All that a slot consists of: tensors [slots, ...]."""
+    found = [tensor for s in states.layers.values() for tensor in (s.conv, s.state)]
+    return found if states.hidden is None else [*found, states.hidden]

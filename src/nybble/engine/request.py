@@ -208,12 +208,16 @@ _REAL = (
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to go on from. `id` is the caller's, unique among those running; of two waiting
-    requests the one of lower `priority` goes first."""
+    requests the one of lower `priority` goes first. Prefixes are shared among requests of equal
+    `salt` alone. `boundaries` are the positions where turns of the prompt end; None: after every
+    token that ends a text."""
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
+    salt: bytes = b""
+    boundaries: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +256,9 @@ class PromptLogprobs:
 class Event:
     """What a step of the engine made for one choice of one request: its prompt's logprobs (once,
     before the first token), a token, or the reason it ended without one. The first of a choice that
-    was computed for says how long it had waited for that, `queued_s`."""
+    was computed for says how long it had waited for that, `queued_s`, how many tokens of its prompt
+    came from the prefix cache, `cached`, and why not more, `missed`. `drafted` and `accepted` count
+    the guesses that were verified with its token, and those that were right."""
 
     request: str
     choice: int = 0
@@ -261,3 +267,7 @@ class Event:
     finish: Finish = ""
     error: str = ""
     queued_s: float | None = field(default=None, compare=False)
+    cached: int | None = field(default=None, compare=False)
+    missed: str = field(default="", compare=False)
+    drafted: int = field(default=0, compare=False)
+    accepted: int = field(default=0, compare=False)

@@ -38,6 +38,9 @@ class BadWords:
             if len(spelling) > 1:
                 self._after.setdefault(spelling[-2], []).append(spelling)
 
+    def __bool__(self) -> bool:
+        return bool(self._alone or self._after)
+
     def banned(self, output: Sequence[int]) -> Iterator[int]:
         """The tokens that must not follow `output`."""
         yield from self._alone
@@ -54,7 +57,8 @@ class Row:
 
     `seed` is that of the request (drawn, where its params have none), `position` how many tokens
     the sequence has. `banned` are token ids that must not come now, such as the end before
-    min_tokens. `mask` is what a grammar allows, a bit for each token, lowest first; tokens behind
+    min_tokens. `looks_back`: what comes depends on the text before, beside the logits. `mask` is
+    what a grammar allows, a bit for each token, lowest first; tokens behind
     its end are not allowed.
     """
 
@@ -68,6 +72,19 @@ class Row:
     mask: bytes | None = None
     bad_words: BadWords | None = None
     _counts: _Counts | None = field(default=None, init=False, repr=False)
+    looks_back: bool = field(default=True, init=False)
+    _has_edits: bool = field(default=True, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        p = self.params
+        is_penalized = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+        self.looks_back = bool(is_penalized or self.bad_words or p.grammar is not None)
+        self._has_edits = bool(self.looks_back or p.logit_bias)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing is to be added to its logits."""
+        return not self._has_edits and not self.banned
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +105,26 @@ class Sampler:
     def __init__(self, vocab: int, compute: Compute) -> None:
         self.vocab, self.compute = vocab, compute
 
-    def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
-        """A token for each row; logits float32 [R, V], which are altered."""
+    def sample(
+        self, logits: Tensor, rows: Sequence[Row], ahead: Sequence[int] | None = None
+    ) -> list[Choice]:
+        """A token for each row; logits float32 [R, V], which are altered. `ahead` is how many
+        tokens behind its position each row is meant, 0 where nothing is said."""
+        ahead = [0] * len(rows) if ahead is None else ahead
         if tuple(logits.shape) != (len(rows), self.vocab):
             raise EngineError(f"logits {list(logits.shape)} for {len(rows)} rows of {self.vocab:,}")
         edits, errors = self._edits(rows)
         starts = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum([len(tokens) for tokens, _, _ in edits], out=starts[1:])
-        tokens, factors, shifts = _joined(edits)
-        rules = np.array([_rule(row) for row in rows], dtype=RULE)
+        if any(found is not _NONE for found in edits):
+            np.cumsum([len(tokens) for tokens, _, _ in edits], out=starts[1:])
+        tokens, factors, shifts = _joined(edits) if starts[-1] else _NONE
+        rules = np.array([_rule(*pair) for pair in zip(rows, ahead, strict=True)], dtype=RULE)
         masks = [row.mask for row in rows]
         found = choose(logits, Rules(rules, starts, tokens, factors, shifts, masks), self.compute)
+        pairs = zip(found.token.tolist(), found.logprob.tolist(), strict=True)
         return [
-            _failed(errors[i]) if i in errors else _choice(found, i, row)
-            for i, row in enumerate(rows)
+            _failed(errors[i]) if i in errors else _choice(*pair, found, i, row)
+            for i, (pair, row) in enumerate(zip(pairs, rows, strict=True))
         ]
 
     def _edits(self, rows: Sequence[Row]) -> tuple[list[_Edits], dict[int, str]]:
@@ -109,6 +132,9 @@ class Sampler:
         edits: list[_Edits] = []
         errors: dict[int, str] = {}
         for i, row in enumerate(rows):
+            if row.is_free:
+                edits.append(_NONE)
+                continue
             found = _joined([*_penalties(row), *_biases(row), *_bans(row)])
             wrong = found[0][(found[0] < 0) | (found[0] >= self.vocab)]
             if len(wrong):
@@ -185,16 +211,15 @@ def _bans(row: Row) -> Iterator[_Edits]:
         yield np.array(tokens, dtype=np.int32), np.ones(size), np.full(size, -np.inf)
 
 
-def _rule(row: Row) -> tuple[float | int, ...]:
+def _rule(row: Row, ahead: int) -> tuple[float | int, ...]:
     """A record of RULE."""
     p = row.params
     alternatives = p.logprobs or 0
-    noise = (row.seed, row.choice, row.position)
+    noise = (row.seed, row.choice, row.position + ahead)
     return (p.temperature, p.top_p, p.min_p, p.top_k, alternatives, *noise)
 
 
-def _choice(found: Choices, i: int, row: Row) -> Choice:
-    token = int(found.token[i])
+def _choice(token: int, logprob: float, found: Choices, i: int, row: Row) -> Choice:
     if token == NAN:
         where = f"the logits after {row.position} tokens are NaN or infinite"
         said = f"{where}; the checkpoint is damaged, or cannot run at this precision"
@@ -204,9 +229,11 @@ def _choice(found: Choices, i: int, row: Row) -> Choice:
             f"no token is left to follow {row.position} tokens: the grammar, bad_words, logit_bias "
             "and min_tokens together ban all; relax one of them"
         )
+    if not row.params.logprobs:
+        return Choice(token, logprob)
     pairs = zip(found.top_tokens[i].tolist(), found.top_logprobs[i].tolist(), strict=True)
-    top = tuple(Alternative(t, logprob) for t, logprob in pairs if t >= 0)
-    return Choice(token, float(found.logprob[i]), top[: row.params.logprobs or 0])
+    top = tuple(Alternative(t, its_logprob) for t, its_logprob in pairs if t >= 0)
+    return Choice(token, logprob, top[: row.params.logprobs])
 
 
 def _failed(error: str, *, is_nan: bool = False) -> Choice:

@@ -7,12 +7,21 @@ its tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from nybble.engine.request import MOST_CHOICES, Alternative, Request
+from nybble.engine.request import (
+    MOST_CHOICES,
+    Alternative,
+    Event,
+    Finish,
+    PromptLogprobs,
+    Request,
+    Token,
+)
 from nybble.models.sequence import SequenceState
 
 if TYPE_CHECKING:
+    from nybble.engine.prefix import Lease
     from nybble.engine.sampler import Row
     from nybble.engine.text_stream import TextStream
 
@@ -23,6 +32,18 @@ Turn = tuple[int, int, int]
 def nothing_held() -> SequenceState:
     """The state of a sequence that waits: no page, no slot, nothing computed."""
     return SequenceState([], slots=[])
+
+
+class _Told(TypedDict, total=False):
+    """Fields of an Event."""
+
+    prompt: PromptLogprobs
+    finish: Finish
+    error: str
+    cached: int | None
+    missed: str
+    drafted: int
+    accepted: int
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +57,14 @@ class Sequence:
     `alternatives` are the prompt's log-probabilities as far as they are known, by position;
     `is_scored` once they were told. It came at `arrived`, None once its first step has begun;
     `queued_s` is how long that took, None once it was told.
+
+    `boundaries` are the positions where turns of the prompt end. Of its pages, the cache shares
+    those of `lease`; `source` is the snapshot from which its next step begins, None for its own
+    slot; `is_exact` unless something of its state was made by the recurrent kernels and is not
+    what chunks would have made; `cached` tokens came from the cache, `missed` says why not more.
+    States after `planned` lengths of its prompt go to the cache, those worth most first.
+    `is_drafting`: whether tokens are to be guessed for it, None while nobody has said. `is_new`
+    until the first step since it runs; `is_ended` once its last token was told.
     """
 
     request: Request
@@ -54,16 +83,28 @@ class Sequence:
     is_scored: bool = False
     arrived: float | None = None
     queued_s: float | None = None
+    boundaries: tuple[int, ...] = ()
+    lease: Lease | None = None
+    source: int | None = None
+    is_exact: bool = True
+    cached: int = 0
+    missed: str = ""
+    planned: list[int] = field(default_factory=list)
+    is_drafting: bool | None = None
+    is_new: bool = False
+    is_ended: bool = False
 
     def begin(self, now: float) -> None:
         """A step computes for it; the first time, note how long it has waited."""
         if self.arrived is not None:
             self.queued_s, self.arrived = now - self.arrived, None
 
-    def told_wait(self) -> float | None:
-        """How long it has waited, once."""
+    def event(self, token: Token | None = None, **told: Unpack[_Told]) -> Event:
+        """An event of it; the first says how it began."""
         queued_s, self.queued_s = self.queued_s, None
-        return queued_s
+        if queued_s is not None:
+            told |= {"cached": self.cached, "missed": self.missed}
+        return Event(self.request.id, self.choice, token, queued_s=queued_s, **told)
 
     @property
     def key(self) -> int:
@@ -87,6 +128,11 @@ class Sequence:
         return not self.is_prefilling and self.state.length + 1 == self.known
 
     @property
+    def is_memoryless(self) -> bool:
+        """Whether the choice of its next tokens depends on nothing but logits and position."""
+        return not self.row.looks_back and len(self.output) >= self.request.params.min_tokens
+
+    @property
     def wants_scores(self) -> bool:
         """Whether log-probabilities of the prompt are still to be found. Its choices share the
         prompt: the first of them finds them."""
@@ -100,8 +146,10 @@ class Sequence:
         return max(0, end - start) if self.wants_scores else 0
 
     def tokens(self, start: int, end: int) -> tuple[int, ...] | list[int]:
-        """The tokens from `start` to before `end`, all of the prompt or all of the output."""
+        """The tokens from `start` to before `end`."""
         prompt = len(self.request.prompt)
-        if start < prompt:
+        if end <= prompt:
             return self.request.prompt[start:end]
-        return self.output[start - prompt : end - prompt]
+        if start >= prompt:
+            return self.output[start - prompt : end - prompt]
+        return [*self.request.prompt[start:], *self.output[: end - prompt]]

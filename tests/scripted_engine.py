@@ -6,7 +6,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from nybble.engine.limits import EngineStats
 from nybble.engine.request import Alternative, Event, PromptLogprobs, Request, Token
@@ -27,8 +28,9 @@ class ScriptedLoop:
     """Every choice of every request says `script`, again and again, until max_tokens.
 
     `step_s` is how long a step takes. A request whose prompt ends with `broken` fails after two
-    tokens with `failure`; `most` requests are taken at a time; without `may_step` it hangs. `seen`
-    are the requests, `cancelled` the ids.
+    tokens with `failure`; `most` requests are taken at a time; without `may_step` it hangs. Of each
+    prompt `cached` tokens are said to come from the cache, and `missed` why not more; `figures` are
+    further ones of the stats. `seen` are the requests, `cancelled` the ids.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class ScriptedLoop:
         self.step_s, self.most = step_s, most
         self.broken: int | None = None
         self.failure = "the logits are NaN"
+        self.cached, self.missed = 0, ""
+        self.figures: dict[str, Any] = {}
         self.seen: list[Request] = []
         self.cancelled: list[str] = []
         self.busy_since: float | None = None
@@ -57,10 +61,11 @@ class ScriptedLoop:
     @property
     def stats(self) -> EngineStats:
         running = len(self._running)
-        return EngineStats(
+        plain = EngineStats(
             *(running, 0, 100, running, 10, running, self.steps, 0),
             *(self.prompt_tokens, self.generated, 0),
         )
+        return replace(plain, **self.figures)
 
     def submit_all(self, requests: Sequence[Request], on_event: OnEvent) -> None:
         with self._changed:
@@ -126,8 +131,10 @@ class ScriptedLoop:
             top = _top(id, params.logprobs or 0)
             text = self.tokenizer.decode([id])
             token = Token(id, text, -0.5, "length" if is_last else "", top)
-            queued_s = 0.125 if one.made == 1 else None
-            one.on_event(Event(request.id, choice, token, queued_s=queued_s))
+            first: dict[str, Any] = {}
+            if one.made == 1:
+                first = {"queued_s": 0.125, "cached": self.cached, "missed": self.missed}
+            one.on_event(Event(request.id, choice, token, **first))
 
 
 def _end(one: _Running, finish: str) -> None:

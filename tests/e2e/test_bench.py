@@ -107,6 +107,66 @@ def test_nothing_stays_lent_after_an_error() -> None:
         assert left.slots.free == left.slots.count
 
 
+TALK = ["engine", str(MODEL), "--multi-turn", "--turns", "2", "-p", "200", "-g", "6"]
+
+
+@needs_kernels
+def test_a_conversation_is_measured_with_cache_and_drafts_and_without() -> None:
+    asked = [*TALK, "--repeat", "2", "--memory", "0.1", "--draft-tokens", "2", "--json"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["schema"] == "nybble.bench.multi-turn/1"
+    assert "drafting: mtp, up to 2 tokens" in found["ahead"]
+    first, second = found["turns"]
+    assert (first["known_tokens"], first["cached_tokens"], first["hit_rate"]) == (0, 0, None)
+    assert 200 < first["prompt_tokens"] < second["known_tokens"] < second["prompt_tokens"]
+    assert second["known_tokens"] - first["prompt_tokens"] == 6 - 1
+    # Of what was computed before, all but the part of a page that is not full.
+    assert 0 <= second["known_tokens"] - second["cached_tokens"] < 64
+    assert (
+        found["hit_rate"]
+        == second["hit_rate"]
+        == second["cached_tokens"] / (second["known_tokens"])
+    )
+    assert found["equal_answers"] == 2
+    assert len(first["samples"]) == 2
+    assert all(0 <= share <= 1 for share in found["acceptance_by_position"])
+    assert found["seconds_saved"] == pytest.approx(
+        found["first_token_seconds_without_cache"] - found["first_token_seconds"]
+    )
+
+
+@needs_kernels
+def test_what_is_off_saves_nothing() -> None:
+    done = CliRunner().invoke(app, [*TALK, "--no-prefix-cache", "--draft", "off"])
+    assert done.exit_code == 0, done.output
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in table]
+    figures = dict(zip(cells[0], cells[-1], strict=True))
+    assert figures["test"] == "all"
+    assert (figures["hit"], figures["accepted"], figures["a step"]) == ("0.0 %", "-", "1.00")
+    assert "prefix cache: off; drafting: off" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (["--turns", "3"], "--turns are those of --multi-turn"),
+        (["--draft", "off"], "measured by --multi-turn"),
+        (["--no-prefix-cache"], "measured by --multi-turn"),
+        (["--multi-turn", "--batch", "2"], "no --batch"),
+        (["--multi-turn", "--turns", "65"], "turns must be from 1 to 64"),
+        (["--multi-turn", "-g", "1"], "answer must be from 2"),
+        (["--multi-turn", "--draft-tokens", "many"], "write auto"),
+    ],
+)
+def test_flags_without_a_place_are_refused(asked: list[str], reason: str) -> None:
+    done = CliRunner().invoke(app, ["engine", str(MODEL), *asked], env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert reason in " ".join(done.output.replace("│", " ").split())
+
+
 @pytest.fixture
 def quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's limits without two seconds of measuring."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 import tiny
+from fake_runner import letters
 from nybble import LLM, SamplingParams
 from nybble.api.llm import OpenOptions, open_engine
 from nybble.api.quantize import quantize
@@ -83,7 +85,7 @@ def test_many_prompts_give_what_each_gives_alone(llm: LLM, params: SamplingParam
 def test_neither_threads_nor_sizes_change_a_bit(llm: LLM) -> None:
     expected = [(done.tokens, done.logprobs) for done in llm.generate(PROMPTS, DRAWN)]
     with LLM(
-        CARRIED, memory=0.002, max_context=512, max_sequences=3, max_batched_tokens=128, threads=1
+        CARRIED, memory=0.0025, max_context=512, max_sequences=3, max_batched_tokens=128, threads=1
     ) as other:
         assert other.stats.slots == 2  # what the memory holds
         found = other.generate(PROMPTS, DRAWN)
@@ -96,6 +98,29 @@ def test_a_stream_is_what_generate_returns(llm: LLM) -> None:
     assert tuple(t.id for t in tokens) == done.tokens
     assert "".join(t.text for t in tokens) == done.text
     assert [t.finish for t in tokens] == [""] * 11 + ["length"]
+
+
+def test_usage_says_what_was_spared(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "nybble")
+    with LLM(CARRIED, memory=0.1, max_sequences=2, max_context=1024, draft_tokens=2) as llm:
+        ids = llm.encode("A story of a girl, a boat and a very long day at sea. " * 12)
+        [done] = llm.generate(ids, SHORT)
+        assert done.usage.cached_tokens == 0
+        before = llm.stats
+        [again] = llm.generate(ids, replace(SHORT, n=2))
+        after = llm.stats
+        whole = (len(ids) - 1) // 64 * 64
+        assert again.usage.cached_tokens == after.cache_hits - before.cache_hits == whole > 0
+        assert [choice.tokens for choice in again.choices] == [done.tokens] * 2
+        assert after.drafted - before.drafted == again.usage.drafted > 0
+        assert after.accepted - before.accepted == again.usage.accepted <= again.usage.drafted
+        caplog.clear()
+        other = [*ids[:100], *llm.encode("But then it began to rain, and she went home." * 3)]
+        [parted] = llm.generate(other, SHORT)
+        assert parted.usage.cached_tokens == 0
+        assert f"0 of {len(other)} tokens of the prompt came from the cache" in caplog.text
+        assert "parts at token 100; nearest snapshot 0" in caplog.text
+        assert is_idle(llm)
 
 
 def test_texts_and_ids_are_the_same_prompt(llm: LLM) -> None:
@@ -318,6 +343,25 @@ def test_a_long_generation_ends_with_the_context() -> None:
             [list(range(20, 60))], SamplingParams(max_tokens=500, ignore_eos=True)
         )
         assert (len(done.tokens), done.finish) == (30, "length")
+
+
+def test_snapshots_of_what_has_no_states_are_refused(tmp_path: Path) -> None:
+    tiny.checkpoint(tmp_path, "llama")
+    letters(tmp_path)
+    with pytest.raises(EngineError, match="has no recurrent states, so pages alone are its prefix"):
+        open_engine(tmp_path, OpenOptions(memory=0.1, snapshot_memory=0.01))
+
+
+def test_other_choices_of_a_prompt_longer_than_a_step_draft_too() -> None:
+    """All lack the entries of the head that the first one's step made, more than fit one pass."""
+    with LLM(CARRIED, memory=0.1, max_sequences=8, max_batched_tokens=256, draft_tokens=2) as llm:
+        ids = llm.encode("A story of a girl, a boat and a very long day at sea. " * 40)
+        [found] = llm.generate(ids, replace(DRAWN, n=4, max_tokens=8))
+        assert len(ids) > 256
+        assert [(len(c.tokens), c.error) for c in found.choices] == [(8, "")] * 4
+        assert llm.stats.drafted > 0
+        alone = [llm.generate(ids, replace(DRAWN, n=4, max_tokens=8))[0]]
+        assert [c.tokens for c in found.choices] == [c.tokens for c in alone[0].choices]
 
 
 def test_options_out_of_bounds_are_named() -> None:

@@ -378,6 +378,9 @@ REFUSED = [
     (_chat(stop_token_ids=[1.0]), "stop_token_ids", "token id"),
     (_chat(bad_words=["x"] * 257), "bad_words", "256"),
     (_chat(priority=10**9), "priority", "1,000"),
+    (_chat(cache_salt=7), "cache_salt", "a string, found a number"),
+    (_chat(cache_salt=""), "cache_salt", "not be empty"),
+    (_chat(cache_salt="x" * 1001), "cache_salt", "1,000 characters"),
     (_chat(stream_options={"include_usage": True}), "stream_options", "needs stream"),
     (_chat(stream=True, stream_options={"x": 1}), "stream_options.x", "unknown field"),
     (_chat(stream=True, prompt_logprobs=1), "prompt_logprobs", "cannot be streamed"),
@@ -645,9 +648,25 @@ def test_a_line_says_how_each_request_ended(up: Running, caplog: pytest.LogCaptu
     assert level == logging.INFO
     assert re.fullmatch(
         r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00 127\.0\.0\.1:\d+ POST /v1/completions 200 "
-        rf"prompt={len(prompt)} completion=10 seconds=\d+\.\d{{3}} finish=length",
+        rf"prompt={len(prompt)} cached=0 completion=10 seconds=\d+\.\d{{3}} finish=length",
         line,
     )
+
+
+MISSED = "parts at token 1,842, inside turn 3; nearest snapshot 1,792"
+
+
+def test_a_line_says_why_the_cache_had_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "nybble.access")
+    with running(ScriptedLoop(tokenizer(), SCRIPT)) as own:
+        own.loop.cached, own.loop.missed = 3, MISSED
+        body = {"prompt": ["the secret cat sat here"] * 6, "max_tokens": 2}
+        assert post(own, "/v1/completions", body).status_code == 200
+    ((_, line),) = _lines(caplog, 1)
+    assert " cached=18 " in line
+    # Of many prompts some speak for all.
+    assert line.endswith(" finish=length" + f' missed="{MISSED}"' * 4)
+    assert "secret" not in line
 
 
 def test_failures_are_said_unasked_and_nothing_else(
@@ -658,7 +677,7 @@ def test_failures_are_said_unasked_and_nothing_else(
     httpx.get(f"{up.url}/a%0Ab%20c%E2%80%A8d")
     (bad, missing) = _lines(caplog, 2)
     assert bad[0] == missing[0] == logging.WARNING
-    assert " POST /v1/completions 400 prompt=- completion=- " in bad[1]
+    assert " POST /v1/completions 400 prompt=- cached=- completion=- " in bad[1]
     assert bad[1].endswith(" finish=-")
     assert " GET /a%0Ab%20c%E2%80%A8d 404 " in missing[1]
     assert not any(word in bad[1] for word in ("secret", "hidden"))
@@ -757,18 +776,46 @@ def test_each_key_opens(locked: Running) -> None:
         client(locked, "wrong-key-0123456789").models.list()
 
 
+def _salt(up: Running, key: str, path: str = "completions", **more: str) -> bytes:
+    """The salt of the engine's request when a key asks something."""
+    body = {"messages": CHAT} if path == "chat/completions" else {"prompt": "a"}
+    up.loop.seen.clear()
+    bearer = {"authorization": f"Bearer {key}"} if key else {}
+    body |= {"max_tokens": 1, **more}
+    assert post(up, f"/v1/{path}", body, **bearer).status_code == 200
+    (request,) = up.loop.seen
+    return request.salt
+
+
+def test_no_key_shares_what_another_ones_prompts_left(up: Running, locked: Running) -> None:
+    other = "another-key-0123456789"
+    assert _salt(up, "") == b""  # without keys all are one
+    salts = {
+        (key, word): _salt(locked, key, **({"cache_salt": word} if word else {}))
+        for key in (KEY, other)
+        for word in ("", "team a", "team b", "a")
+    }
+    assert len(set(salts.values())) == len(salts) == 8
+    assert b"" not in salts.values()
+    assert _salt(locked, KEY, "chat/completions") == salts[KEY, ""]
+    assert _salt(locked, KEY, "chat/completions", cache_salt="a") == salts[KEY, "a"]
+    assert not any(KEY.encode() in salt or other.encode() in salt for salt in salts.values())
+    # Who knows a key of another server, or guesses one, does not come to a salt of no key.
+    assert _salt(up, "", cache_salt="a") not in {b"", *salts.values()}
+
+
 def test_keys_can_be_read_again(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"{KEY}\n")
     keys = Keys(path)
     path.write_text("other-key-0123456789")
     keys.reload()
-    assert keys.has(b"other-key-0123456789")
-    assert not keys.has(KEY.encode())
+    assert keys.find(b"other-key-0123456789")
+    assert not keys.find(KEY.encode())
     path.write_text("short")
     with pytest.raises(ServeError, match="key 1 must be 16 or more"):
         keys.reload()
-    assert keys.has(b"other-key-0123456789")
+    assert keys.find(b"other-key-0123456789")
 
 
 @pytest.mark.parametrize("text", ["", "# only\n", "tooshort", "ключ-ключ-ключ-ключ"])
@@ -1042,6 +1089,30 @@ def test_many_streams_keep_apart(up: Running) -> None:
     assert asyncio.run(all_of_them()) == [said(1 + 3 * i) for i in range(40)]
 
 
+# --------------------------------------------------------------------------------------- the cache
+
+
+def test_usage_says_what_came_from_the_cache() -> None:
+    with running(ScriptedLoop(tokenizer(), SCRIPT)) as own:
+        own.loop.cached = 4
+        asked = client(own)
+        text = {"model": "tiny", "prompt": ["the cat sat here", "a boy had a ball"], "n": 2}
+        found = asked.completions.create(**text, max_tokens=2)
+        assert _cached(found.usage) == 8  # of two prompts; choices share them
+        chat = asked.chat.completions.create(model="tiny", messages=CHAT, max_tokens=2)
+        assert _cached(chat.usage) == 4
+        streamed = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 2}
+        *_, last = asked.completions.create(**text, **streamed)
+        assert _cached(last.usage) == 8
+        *_, end = asked.chat.completions.create(model="tiny", messages=CHAT, **streamed)
+        assert _cached(end.usage) == 4
+
+
+def _cached(usage: Any) -> int:
+    assert usage.prompt_tokens_details.cached_tokens <= usage.prompt_tokens
+    return int(usage.prompt_tokens_details.cached_tokens)
+
+
 # ------------------------------------------------------------------------------- probes and figures
 
 
@@ -1078,6 +1149,49 @@ def test_figures_have_the_names_that_people_chart(up: Running) -> None:
         assert _figure(up, f"vllm:{name}") == 0
     assert _figure(up, "vllm:num_preemptions_total") == 0
     assert "_created" not in httpx.get(f"{up.url}/metrics").text
+
+
+def test_cache_and_drafts_are_charted_under_vllms_names() -> None:
+    own_names = ("prefix_cache_pages", "prefix_cache_snapshots", "prefix_cache_snapshots_used")
+    with running(ScriptedLoop(tokenizer(), SCRIPT)) as own:
+        text = httpx.get(f"{own.url}/metrics").text
+        assert "nybble:drafting_off{" not in text
+        assert "_per_pos_total{" not in text
+        own.loop.figures = {
+            "cache_queries": 1000,
+            "cache_hits": 640,
+            "cache_evictions": 5,
+            "cached_pages": 9,
+            "cache_misses": (("parts", 3), ("hit", 2)),
+            "snapshots": 7,
+            "snapshots_used": 4,
+            "draft_steps": 30,
+            "drafted": 80,
+            "accepted": 44,
+            "accepted_by_position": (27, 17),
+            "drafted_by_position": (40, 40),
+            "drafting": "1 draft is accepted 0.62 of the time",
+        }
+        vllm = {
+            name: _figure(own, f"vllm:{name}_total")
+            for name in (
+                *("prefix_cache_queries", "prefix_cache_hits", "spec_decode_num_drafts"),
+                *("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"),
+            )
+        }
+        assert list(vllm.values()) == [1000, 640, 30, 80, 44]
+        assert [_figure(own, f"nybble:{name}") for name in own_names] == [9, 7, 4]
+        assert _figure(own, "nybble:prefix_cache_evictions_total") == 5
+        text = httpx.get(f"{own.url}/metrics").text
+    per_position = 'vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="tiny",position='
+    assert f'{per_position}"0"}} 27.0' in text
+    assert f'{per_position}"1"}} 17.0' in text
+    misses = 'nybble:prefix_cache_misses_total{model_name="tiny",reason='
+    assert f'{misses}"parts"}} 3.0' in text
+    assert f'{misses}"hit"' not in text
+    # A reason with figures in it would be a new series each time it changes.
+    assert 'nybble:drafting_off{model_name="tiny",reason="does not pay"} 1.0' in text
+    assert "0.62" not in text
 
 
 def test_strange_paths_make_no_figures(up: Running) -> None:

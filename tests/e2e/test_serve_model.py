@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,9 +81,36 @@ def test_the_fingerprint_names_what_decides_about_bits() -> None:
         return fingerprint(FOLDER, open_engine(FOLDER, OpenOptions(memory=0.25, **options)))
 
     plain = made()
-    assert made(threads=1) == plain == made(max_sequences=3)
+    assert made(threads=1) == plain == made(max_sequences=3) == made(draft="ngram")
     others = {made(precision="f32"), made(precision="int8"), made(kv_cache_dtype="fp8")}
-    assert len(others | {plain}) == 4
+    assert len(others | {plain, made(exact=True)}) == 5
+    # Without a cache nothing comes of generated text either.
+    assert made(exact=True) == made(prefix_cache=False)
+
+
+def test_the_next_turn_goes_on_from_the_last(
+    client: openai.OpenAI, url: str, shown: list[str]
+) -> None:
+    assert "snapshots of" in " ".join(shown)
+    assert "drafting: mtp, up to 3 tokens" in " ".join(" ".join(shown).split())
+    said = "A cat and a dog went to the park to play with a big red ball. " * 8
+    messages = [*CHAT, {"role": "assistant", "content": said}]
+    turns = []
+    for question in ("What did the dog do next?", "And then?"):
+        messages.append({"role": "user", "content": question})
+        found = client.chat.completions.create(
+            model=NAME, messages=messages, max_tokens=8, temperature=0
+        )
+        messages.append({"role": "assistant", "content": found.choices[0].message.content})
+        turns.append(found.usage)
+    first, second = turns
+    assert first.prompt_tokens_details.cached_tokens == 0
+    # At least all turns but the last question, to a multiple of 64.
+    assert second.prompt_tokens_details.cached_tokens > first.prompt_tokens - 2 * 64 > 0
+    figures = httpx.get(f"{url}/metrics").text
+    hits = re.search(r"^vllm:prefix_cache_hits_total\{.*\} (.*)$", figures, re.MULTILINE)
+    assert hits is not None
+    assert float(hits[1]) >= second.prompt_tokens_details.cached_tokens
 
 
 def test_greedy_answers_are_the_engines(client: openai.OpenAI, llm: LLM) -> None:

@@ -6,6 +6,7 @@ chunks and decodes mixed, in small scattered pages and shuffled slots.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,28 @@ def test_replayed_batches_equal_the_forward_alone(
     assert lengths == [len(p) + NEW for p in prompts]
 
 
+def test_states_in_between_are_those_of_shorter_steps(model: Model) -> None:
+    """Of a chunk that writes on the way, and of tokens that write one by one, read by others."""
+    replayed = runner(model, Compute(threads=2))
+    text = ids(131, 6)
+    one = Mode(Compute(threads=1))
+    expected = [alone(model, text[:n], [text[n]], one)[1] for n in (64, 128)]
+    pages, others = (replayed.pages.numbers.take(n) for n in (9, 10))
+    replayed.forward([Work(text[:128], pages, 0, 0, False, 1, ((64, 1), (128, 2)))])
+    for n, (length, slot) in enumerate(((64, 1), (128, 2))):
+        mine = [*pages[: length // 16], *others[5 * n : 5 * n + 5]]
+        works = [
+            Work([text[length]], [*mine[: length // 16], page], slot, length, True, 1, ((1, to),))
+            for page, to in ((others[5 * n], 3), (others[5 * n + 1], 4))
+        ]
+        for row in replayed.forward(works):
+            assert torch.equal(row, expected[n])
+    steps = Work(text[128:], pages, 2, 128, True, 3, ((1, 3), (2, 5), (3, 0)))
+    wanted = replayed.forward([steps]).clone()
+    again = Work(text[129:], pages, 3, 129, True, 2, ((1, 3), (2, 4)))
+    assert torch.equal(replayed.forward([again]), wanted[1:])
+
+
 def test_a_copied_state_goes_on_alike(model: Model) -> None:
     replayed = runner(model, Compute(threads=2))
     text = ids(90, 4)
@@ -199,8 +222,19 @@ def test_work_that_does_not_fit_is_refused(model: Model) -> None:
         ([], "1 to 200"),
         ([Work([1] * 201, pages, 0, 0, False)], "made for 1 to 200"),
         ([Work([1] * 19, pages, 0, 0, False, 19)], "19 rows of logits, made for 18"),
-        ([Work([1], pages, 0, 0, False), Work([1], pages, 0, 0, True)], "slots"),
-        ([Work([1], pages, 6, 0, False)], "slots"),
+        ([Work([1], pages, 0, 0, False), Work([1], pages, 0, 0, True)], "1 writes slot 0"),
+        ([Work([1], pages, 6, 0, False)], "writes slot 6, of 6 slots"),
+        ([Work([1], pages, -1, 0, False, 0, ((1, 0),))], "reads slot -1, of 6 slots"),
+        ([Work([1] * 2, pages, 0, 0, True, 0, ((1, 2), (2, 2)))], "writes slot 2"),
+        (
+            [Work([1], pages, 0, 64, True), Work([1], pages, 0, 64, True, 0, ((1, 1),))],
+            "1 reads slot 0, which work 0 writes",
+        ),
+        ([Work([1] * 2, pages, 0, 0, True, 0, ((1, 1),))], "after [1] tokens of 2"),
+        ([Work([1] * 2, pages, 0, 0, True, 0, ((0, 1), (2, 2)))], "after [0, 2] tokens"),
+        ([Work([1] * 2, pages, 0, 0, True, 0, ((1, 1), (1, 3), (2, 2)))], "after [1, 1, 2]"),
+        ([Work([1] * 2, pages, 0, 0, True, 0, ((2, 1), (1, 2)))], "after [2, 1] tokens"),
+        ([Work([1] * 70, pages, 0, 64, False, 0, ((63, 1), (70, 0)))], "after [127] tokens"),
         ([Work([], pages, 0, 0, False)], "0 tokens"),
         ([Work([1], pages, 0, 0, False, 2)], "2 outputs"),
         ([Work([1], pages, 0, 5, False)], "begins at 5, expected a multiple of 64"),
@@ -211,9 +245,9 @@ def test_work_that_does_not_fit_is_refused(model: Model) -> None:
         ([Work([-1], pages, 0, 0, False)], "from -1"),
     ]
     for works, words in wrong:
-        if words == "slots" and not step.states.layers:
+        if " slot " in words and not step.states.layers:
             continue
-        with pytest.raises(EngineError, match=words):
+        with pytest.raises(EngineError, match=re.escape(words)):
             step.forward(works)
     with pytest.raises(ContextTooLong, match="301 tokens, but the context is 300"):
         step.forward([Work([1], pages, 0, 300, True)])

@@ -42,6 +42,8 @@ def main() -> None:
         max_context=a.context + 1,
         precision=a.precision,
         threads=a.threads,
+        prefix_cache=False,
+        draft="off",
     )
     engine = open_engine(a.checkpoint, options)
     runner = engine.runner

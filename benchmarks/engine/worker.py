@@ -55,6 +55,8 @@ def main() -> None:
         max_context=a.max_context,
         precision=a.precision,
         threads=a.threads,
+        prefix_cache=False,
+        draft="off",
     )
     engine = open_engine(a.checkpoint, options)
     print(json.dumps({"ready": 1}), flush=True)

@@ -13,13 +13,17 @@ from nybble.errors import EngineError
 class Usage:
     """What a request took. `first_token_s` and `seconds` count from when it was asked until the
     engine had made the first and the last token, waiting for its turn, `queued_s`, included;
-    `tokens` are those of all choices."""
+    `tokens` are those of all choices. `cached_tokens` of the prompt came from the prefix cache;
+    `drafted` tokens were guessed and verified, `accepted` of them were right."""
 
     prompt_tokens: int
     tokens: int
     first_token_s: float
     seconds: float
     queued_s: float = 0.0
+    cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def prefill_s(self) -> float:
@@ -102,6 +106,7 @@ class Answer:
         self.errors = [""] * n
         self.prompt: PromptLogprobs | None = None
         self.queued_s = 0.0
+        self.cached_tokens = self.drafted = self.accepted = 0
         self.began = self.first = self.ended = time.perf_counter()
 
     @property
@@ -118,6 +123,9 @@ class Answer:
             self.first - self.began,
             self.ended - self.began,
             self.queued_s,
+            self.cached_tokens,
+            self.drafted,
+            self.accepted,
         )
 
     def take(self, event: Event, made: float) -> None:
@@ -126,6 +134,10 @@ class Answer:
         i = event.choice
         if event.queued_s is not None and i == 0:
             self.queued_s = event.queued_s
+        if event.cached is not None and i == 0:
+            self.cached_tokens = event.cached
+        self.drafted += event.drafted
+        self.accepted += event.accepted
         if event.prompt is not None:
             self.prompt = event.prompt
         if event.token is not None:

@@ -86,6 +86,9 @@ def _entry(prompt: str, completion: Completion) -> dict[str, object]:
     found: dict[str, object] = {
         "prompt": prompt,
         "prompt_tokens": completion.usage.prompt_tokens,
+        "cached_tokens": completion.usage.cached_tokens,
+        "drafted_tokens": completion.usage.drafted,
+        "accepted_tokens": completion.usage.accepted,
         **choices[0],
     }
     if len(choices) > 1:

@@ -15,198 +15,36 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import closing
-from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING
 
 from nybble.api.completion import Answer, Completion, Usage
-from nybble.api.extras import needs_torch
 from nybble.api.messages import check_messages
-from nybble.checkpoint.dialects import declaration_of
-from nybble.checkpoint.reader import Checkpoint
+from nybble.api.opening import CacheDtype, DraftSource
+from nybble.api.opening import OpenOptions as OpenOptions
+from nybble.api.opening import open_engine as open_engine
 from nybble.engine.request import Event, Request, SamplingParams, Token
-from nybble.engine.scheduler import EngineOptions
-from nybble.errors import ContextTooLong, EngineError, NybbleError, TextError
-from nybble.families import Dimensions
-from nybble.kernels.compute import PRECISIONS, Compute, Precision
-from nybble.kernels.dispatch import default_threads
-from nybble.machine import available_bytes
-from nybble.plan.memory import EngineMemory, default_budget, most_bytes, plan_memory
+from nybble.errors import EngineError, NybbleError, TextError
+from nybble.kernels.compute import Precision
 from nybble.text.chat import ChatTemplate
 from nybble.text.generation_config import sampling_defaults
-from nybble.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from nybble.engine.engine import Engine
     from nybble.engine.limits import EngineStats
     from nybble.engine.loop import EngineLoop
 
 log = logging.getLogger("nybble")
 
-CacheDtype = Literal["auto", "bf16", "fp8", "f32"]
-CACHE_DTYPES = ("auto", "bf16", "fp8", "f32")
 #: Choices that may wait: an LLM's callers are few and wait for what they asked.
 MOST_WAITING = 1 << 20
-MOST_THREADS = 256
 #: Requests of one call that the engine has at a time; each costs memory from when it is submitted.
 MOST_SUBMITTED = 256
 Prompt = str | Sequence[int]
 #: Called with the number of the prompt, that of the choice, and the token.
 OnToken = Callable[[int, int, Token], None]
-
-
-# ----------------------------------------------------------------------------------------- opening
-
-
-@dataclass(frozen=True, slots=True)
-class OpenOptions:
-    """How a checkpoint is opened to generate from it.
-
-    `memory` is what pages and recurrent states may take, in GiB; None goes by what is free.
-    `kv_cache_dtype` "auto" follows the checkpoint: FP8 where it declares its KV cache so (with the
-    scales it has, else 1.0, as other engines do), else BF16. `max_context` None is the model's own.
-    """
-
-    memory: float | None = None
-    kv_cache_dtype: CacheDtype = "auto"
-    max_sequences: int = 32
-    max_batched_tokens: int = 1024
-    max_context: int | None = None
-    precision: Precision = "bf16"
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, known in (("kv_cache_dtype", CACHE_DTYPES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise EngineError(
-                    f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}"
-                )
-        for name, least, most in (("max_context", 2, 2**31), ("threads", 1, MOST_THREADS)):
-            value = getattr(self, name)
-            if value is not None and not (_is_whole(value) and least <= value <= most):
-                raise EngineError(
-                    f"{name} must be a whole number from {least} to {most:,}, found {value!r}"
-                )
-        if self.memory is not None and not (_is_real(self.memory) and 0 < self.memory < 2**20):
-            raise EngineError(
-                f"memory must be a number of GiB above 0 and below 2^20, found {self.memory!r}"
-            )
-        self.engine()
-
-    def engine(self) -> EngineOptions:
-        """The part that is the scheduler's. Raises EngineError for sizes that cannot be."""
-        return EngineOptions(self.max_sequences, self.max_batched_tokens)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value: object) -> bool:
-    return _is_whole(value) or isinstance(value, float)
-
-
-def open_engine(folder: str | PathLike[str], options: OpenOptions | None = None) -> Engine:
-    """An engine for a local checkpoint folder; its weights stay mapped as long as it lives.
-
-    Raises MissingExtra without torch, DoesNotFit for a memory budget that holds no sequence, and
-    what opening a checkpoint, its tokenizer and its model raise.
-    """
-    needs_torch("generating")
-    from nybble.engine.engine import Engine
-    from nybble.engine.grammar import GrammarWorker
-    from nybble.engine.model_runner import ModelRunner, StepSize
-    from nybble.engine.sampler import Sampler
-    from nybble.models.model import Model
-
-    options = options or OpenOptions()
-    sizes = options.engine()
-    checkpoint = Checkpoint.open(Path(folder))
-    tokenizer = Tokenizer.open(checkpoint.path)
-    model = Model(checkpoint)
-    network = model.network
-    context = _context(network.context, options.max_context)
-    dtype = _cache_dtype(checkpoint, options.kv_cache_dtype)
-    memory = _plan(checkpoint, network.dims, context, dtype, options)
-    pages = model.page_pool(memory.pages, sizes.page_tokens, dtype)
-    states = model.state_pool(memory.slots)
-    compute = Compute(options.precision, options.threads or default_threads())
-    vocab = network.dims.vocab
-    most = StepSize(
-        sizes.max_batched_tokens, sizes.max_sequences, sizes.max_outputs(vocab), context
-    )
-    runner = ModelRunner(model, pages, states, most, compute)
-    log.info(
-        "%s: KV cache %s, %d pages of %d tokens, %d recurrent states, %.2f GiB",
-        checkpoint.path,
-        *(dtype, memory.pages, sizes.page_tokens, memory.slots, memory.total_bytes / 2**30),
-    )
-    if memory.slots < sizes.max_sequences:
-        log.warning(
-            "%s: asked for %d sequences at once, memory holds the states of %d; give it more "
-            "(--memory)",
-            *(checkpoint.path, sizes.max_sequences, memory.slots),
-        )
-    return Engine(
-        runner,
-        tokenizer,
-        sizes,
-        pages.numbers,
-        states.numbers,
-        context,
-        Sampler(vocab, compute),
-        GrammarWorker(tokenizer.path, vocab, tokenizer.eos_ids),
-        clipped=lambda: pages.clipped,
-    )
-
-
-def _context(own: int, asked: int | None) -> int:
-    if asked is not None and asked > own:
-        raise ContextTooLong(
-            f"max_context {asked:,} is more than the model's own (max_position_embeddings), "
-            f"{own:,}; ask for less, or extend the model in config.json (YaRN)"
-        )
-    return asked or own
-
-
-def _cache_dtype(checkpoint: Checkpoint, asked: CacheDtype) -> str:
-    """The type of the KV cache: what is asked for, else what the checkpoint declares."""
-    if asked != "auto":
-        return asked
-    return "fp8" if declaration_of(checkpoint).kv_cache == "fp8" else "bf16"
-
-
-def _plan(
-    checkpoint: Checkpoint, dims: Dimensions, context: int, dtype: str, options: OpenOptions
-) -> EngineMemory:
-    """How many pages and slots the memory holds. Raises DoesNotFit for one too small."""
-    sizes: _Sizes = {
-        "max_sequences": options.max_sequences,
-        "context": context,
-        "page_tokens": options.engine().page_tokens,
-        "kv_dtype": dtype,
-    }
-    if options.memory is not None:
-        return plan_memory(dims, budget_bytes=int(options.memory * 2**30), **sizes)
-    available = available_bytes()
-    if available is None:
-        raise EngineError("this system does not say how much memory is free; say it with memory=")
-    weights = sum(info.nbytes for info in checkpoint.tensors.values())
-    budget = default_budget(available, weights, most_bytes(dims, **sizes))
-    return plan_memory(dims, budget_bytes=budget, **sizes)
-
-
-class _Sizes(TypedDict):
-    max_sequences: int
-    context: int
-    page_tokens: int
-    kv_dtype: str
-
-
-# ------------------------------------------------------------------------------------------ asking
 
 
 class LLM:
@@ -217,7 +55,8 @@ class LLM:
                 print(done.text)
 
     Options are those of `OpenOptions`. Threads may share one: their requests run side by side.
-    Greedy and seeded results do not depend on what else runs. `close` it, or use it in a `with`.
+    Greedy and seeded results do not depend on what else runs, and with `exact` not on what ran
+    before. `close` it, or use it in a `with`.
     """
 
     def __init__(
@@ -231,6 +70,11 @@ class LLM:
         max_context: int | None = None,
         precision: Precision = "bf16",
         threads: int | None = None,
+        prefix_cache: bool = True,
+        exact: bool = False,
+        draft: DraftSource = "auto",
+        draft_tokens: int | None = None,
+        snapshot_memory: float | None = None,
     ) -> None:
         """Raises what `open_engine` raises."""
         options = OpenOptions(
@@ -241,6 +85,11 @@ class LLM:
             max_context,
             precision,
             threads,
+            prefix_cache,
+            exact,
+            draft,
+            draft_tokens,
+            snapshot_memory,
         )
         engine = open_engine(folder, options)
         from nybble.engine.loop import EngineLoop
@@ -424,6 +273,7 @@ class LLM:
                 event, made = inbox.get()
                 answer = running[event.request]
                 answer.take(event, made)
+                _tell(answer.request, event)
                 if answer.is_done:
                     del running[event.request]
                 yield answer, event
@@ -435,6 +285,15 @@ class LLM:
         if self._loop is None:
             raise EngineError("this LLM was closed; make another")
         return self._loop
+
+
+def _tell(request: Request, event: Event) -> None:
+    """Why the cache did not have more of a prompt."""
+    if event.missed:
+        log.info(
+            "%s, choice %d: %d of %d tokens of the prompt came from the cache: %s",
+            *(request.id, event.choice, event.cached or 0, len(request.prompt), event.missed),
+        )
 
 
 def _only_tokens(

@@ -43,7 +43,7 @@ class ServeOptions:
 @dataclass(frozen=True, slots=True)
 class Serving:
     """What is being served, once it is: `tokens` of all sequences fit the KV cache, `sequences` run
-    at once, each of `context` tokens at most."""
+    at once, each of `context` tokens at most. `ahead` says what spares work."""
 
     url: str
     names: tuple[str, ...]
@@ -54,6 +54,7 @@ class Serving:
     sequences: int
     kernels: str
     fingerprint: str
+    ahead: str
 
 
 def serve(
@@ -70,7 +71,7 @@ def serve(
     """
     needs_torch("serve")
     _needs_serve()
-    from nybble.api.llm import open_engine
+    from nybble.api.opening import open_checkpoint
     from nybble.engine.loop import EngineLoop
     from nybble.serve import server
     from nybble.serve.service import Limits, Service
@@ -78,7 +79,8 @@ def serve(
     offered = offered or ServeOptions()
     keys = server.open_keys(offered.api_key_file)
     with server.bind(offered.host, offered.port, has_keys=keys is not None) as sock:
-        engine = open_engine(model, options)
+        opened = open_checkpoint(model, options)
+        engine = opened.engine
         served = _served(Path(model), offered, engine)
         limits = Limits(drain_s=offered.drain_seconds)
         loop = EngineLoop(engine, max_waiting=offered.max_waiting)
@@ -92,6 +94,7 @@ def serve(
             engine.most_sequences,
             str(choose()),
             served.fingerprint,
+            opened.ahead,
         )
         try:
             server.run(sock, lambda: Service(served, loop, limits), keys, lambda: on_ready(serving))
@@ -128,11 +131,14 @@ def _served(folder: Path, offered: ServeOptions, engine: Engine) -> Served:
 def fingerprint(folder: Path, engine: Engine) -> str:
     """A short name of all that decides about the bits of an answer: configuration, tokenizer,
     tensors (their headers, and samples of the files, as reading all of them takes minutes),
-    kernels, precision, what the KV cache holds, and nybble's version."""
+    kernels, precision, what the KV cache holds, whether states may come of generated text, and
+    nybble's version."""
     digest = hashlib.sha256()
     checkpoint = Checkpoint.open(folder)
     parts = (checkpoint.config_sha256, engine.tokenizer.sha256, engine.runner.describe())
-    for part in (*parts, nybble.__version__):
+    cache = engine.scheduler.cache
+    is_exact = cache is None or cache.is_exact
+    for part in (*parts, "exact" if is_exact else "reused", nybble.__version__):
         digest.update(f"{part}\n".encode())
     for name, info in checkpoint.tensors.items():
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())

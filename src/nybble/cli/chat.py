@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nybble.cli.flags import Checkpoint, EngineFlags, SamplingFlags, expands, look_at
+from nybble.cli.flags import AheadFlags, Checkpoint, EngineFlags, SamplingFlags, expands, look_at
 from nybble.cli.terminal import DIM, LEAST_TIMED, PLAIN, has_colours, shown
 from nybble.errors import ContextTooLong, NybbleError, OutOfPages, TextError
 
@@ -37,6 +37,7 @@ def command(
     *,
     sampling: SamplingFlags,
     engine: EngineFlags,
+    ahead: AheadFlags,
 ) -> None:
     """Talk with a model on the terminal: history, streamed answers, thinking dimmed.
 
@@ -49,7 +50,7 @@ def command(
     from nybble.progress import waiting
 
     needs_torch("chat")
-    options = engine.options()
+    options = engine.options(ahead)
     look_at(model)
     with waiting("compiling the kernels, once"):
         choose()

@@ -20,7 +20,7 @@ import typer
 from nybble.errors import EngineError
 
 if TYPE_CHECKING:
-    from nybble.api.llm import OpenOptions
+    from nybble.api.opening import OpenOptions
     from nybble.engine.request import Grammar, SamplingParams
 
 Checkpoint = Annotated[
@@ -29,6 +29,7 @@ Checkpoint = Annotated[
 
 PRECISIONS = ("bf16", "f32", "int8")
 CACHE_DTYPES = ("auto", "bf16", "fp8", "f32")
+DRAFT_SOURCES = ("auto", "mtp", "ngram", "off")
 
 
 def look_at(folder: Path) -> None:
@@ -121,21 +122,76 @@ class EngineFlags:
         int | None, typer.Option("--threads", min=1, help="Default: all processors.")
     ] = None
 
-    def options(self) -> OpenOptions:
+    def options(self, ahead: AheadFlags | None = None) -> OpenOptions:
         """For `open_engine`. A word that none knows is a usage error."""
-        for flag, value, known in (
-            ("--precision", self.precision, PRECISIONS),
-            ("--kv-cache-dtype", self.kv_cache_dtype, CACHE_DTYPES),
-        ):
-            if value not in known:
-                words = f"{', '.join(known[:-1])} or {known[-1]}"
-                raise typer.BadParameter(f"{value!r}; choose {words}", param_hint=flag)
-        from nybble.api.llm import OpenOptions
+        _check_word("--precision", self.precision, PRECISIONS)
+        _check_word("--kv-cache-dtype", self.kv_cache_dtype, CACHE_DTYPES)
+        from nybble.api.opening import OpenOptions
 
         try:
-            return OpenOptions(**dataclasses.asdict(self))
+            options = OpenOptions(**dataclasses.asdict(self))
+            return options if ahead is None else ahead.added_to(options)
         except EngineError as error:
             raise typer.BadParameter(str(error)) from error
+
+
+@dataclass(frozen=True)
+class AheadFlags:
+    """What spares work and changes no token: the prefix cache, and tokens guessed ahead."""
+
+    prefix_cache: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache", help="Keep what prompts that begin alike share."
+        ),
+    ] = True
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Keep only what has the bits of a prompt that is read anew."),
+    ] = False
+    snapshot_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--snapshot-memory",
+            metavar="GIB",
+            help="Of --memory, for copies of recurrent states; default: chosen.",
+        ),
+    ] = None
+    draft: Annotated[
+        str,
+        typer.Option(
+            "--draft", help="Who guesses ahead: auto (the MTP head, else ngram), mtp, ngram, off."
+        ),
+    ] = "auto"
+    draft_tokens: Annotated[
+        str,
+        typer.Option(
+            "--draft-tokens", metavar="auto|0..8", help="How many; auto: as it pays, 0: none."
+        ),
+    ] = "auto"
+
+    def added_to(self, options: OpenOptions) -> OpenOptions:
+        """The options with these fields. A word that none knows is a usage error; raises
+        EngineError for what cannot be together."""
+        _check_word("--draft", self.draft, DRAFT_SOURCES)
+        own = dataclasses.asdict(self) | {"draft_tokens": self._draft_tokens()}
+        return dataclasses.replace(options, **own)
+
+    def _draft_tokens(self) -> int | None:
+        if self.draft_tokens == "auto":
+            return None
+        if not (self.draft_tokens.isascii() and self.draft_tokens.isdigit()):
+            raise typer.BadParameter(
+                f"{self.draft_tokens!r}; write auto, or a number from 0 to 8",
+                param_hint="--draft-tokens",
+            )
+        return int(self.draft_tokens)
+
+
+def _check_word(flag: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        words = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise typer.BadParameter(f"{value!r}; choose {words}", param_hint=flag)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nybble.cli.flags import Checkpoint, EngineFlags, SamplingFlags, expands, look_at
+from nybble.cli.flags import AheadFlags, Checkpoint, EngineFlags, SamplingFlags, expands, look_at
 from nybble.cli.output import JsonFlag, OutputFormat, wants_json
 from nybble.cli.terminal import LEAST_TIMED, shown
 from nybble.errors import EngineError
@@ -47,6 +47,7 @@ def command(
         int | None, typer.Option("--prompt-logprobs", min=0, help="The same of the prompt.")
     ] = None,
     engine: EngineFlags,
+    ahead: AheadFlags,
     json: JsonFlag = False,
     output_format: OutputFormat = "text",
 ) -> None:
@@ -66,7 +67,7 @@ def command(
         raise typer.BadParameter("--logprobs and --prompt-logprobs are shown with --json alone")
     asked = _prompts(prompts, file)
     needs_torch("generate")
-    options = engine.options()
+    options = engine.options(ahead)
     params = sampling.params({}, n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
     look_at(model)
     with waiting("compiling the kernels, once"):

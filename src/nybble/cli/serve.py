@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nybble.cli.flags import Checkpoint, EngineFlags, expands, look_at
+from nybble.cli.flags import AheadFlags, Checkpoint, EngineFlags, expands, look_at
 
 if TYPE_CHECKING:
     from nybble.api.serve import Serving
@@ -56,6 +56,7 @@ def command(
     ] = False,
     *,
     engine: EngineFlags,
+    ahead: AheadFlags,
 ) -> None:
     """Serve a checkpoint through OpenAI's API: chat and text completions, metrics, probes.
 
@@ -69,7 +70,7 @@ def command(
     needs_torch("serve")
     if access_log:
         _log_all_requests()
-    options = engine.options()
+    options = engine.options(ahead)
     look_at(model)
     with waiting("compiling the kernels, once"):
         choose()
@@ -102,6 +103,7 @@ def render(serving: Serving) -> str:
             f"{serving.tokens:,} tokens of all sequences, {serving.context:,} of one, "
             f"{serving.sequences} sequences at once; {serving.kernels}",
         ),
+        labelled("ahead", serving.ahead),
     ]
     return "\n".join([*lines, labelled("try", "").rstrip(), _curl(serving)]) + "\n"
 

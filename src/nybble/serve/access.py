@@ -18,6 +18,8 @@ from nybble.serve.errors import Refusal, respond
 
 #: What a probe may see without a key, by the exact path.
 OPEN = frozenset(("/health", "/ready"))
+#: Where the digest of a request's key is left in its scope; nothing, where there are no keys.
+KEY_DIGEST = "nybble.key_digest"
 #: A key shorter than this can be guessed.
 SHORTEST_KEY = 16
 _MOST_BYTES = 1 << 20
@@ -54,11 +56,12 @@ class Keys:
             raise ServeError(f"{self.path}: has no key; `openssl rand -hex 32` makes one")
         self._digests = tuple(hashlib.sha256(key).digest() for key in keys)
 
-    def has(self, key: bytes) -> bool:
-        """Whether a key is one of these, in a time that does not depend on how much of it fits."""
+    def find(self, key: bytes) -> bytes | None:
+        """The digest of a key that is one of these, else None, in a time that does not depend on
+        how much of it fits."""
         digest = hashlib.sha256(key).digest()
         found = [hmac.compare_digest(digest, own) for own in self._digests]
-        return any(found)
+        return digest if any(found) else None
 
 
 class Access:
@@ -70,7 +73,7 @@ class Access:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what may be asked; answer 401 or 403 to the rest."""
         if scope["type"] == "http":
-            refusal = self._judge(scope["path"], scope["headers"])
+            refusal = self._judge(scope)
             if refusal is not None:
                 await respond(refusal)(scope, receive, send)
                 return
@@ -78,14 +81,18 @@ class Access:
             return
         await self._app(scope, receive, send)
 
-    def _judge(self, path: str, headers: Sequence[tuple[bytes, bytes]]) -> Refusal | None:
-        if path in OPEN:
+    def _judge(self, scope: Scope) -> Refusal | None:
+        """Why not, or None; the scope of who may gets the digest of its key."""
+        if scope["path"] in OPEN:
             return None
+        headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
         if self._keys is None:
             return _judge_host(headers)
         given = [value for name, value in headers if name == b"authorization"]
         scheme, _, key = (given[0] if len(given) == 1 else b"").partition(b" ")
-        if scheme.lower() == b"bearer" and self._keys.has(key.strip()):
+        digest = self._keys.find(key.strip()) if scheme.lower() == b"bearer" else None
+        if digest is not None:
+            scope[KEY_DIGEST] = digest
             return None
         return Refusal(
             401,

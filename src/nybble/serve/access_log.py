@@ -24,6 +24,8 @@ log = logging.getLogger("nybble.access")
 #: Where an endpoint that generates leaves its Generation in the request's scope.
 GENERATION = "nybble.generation"
 _MOST_CHARACTERS = 200
+#: Of one request's prompts, so many say why they missed.
+_MOST_REASONS = 4
 
 
 class AccessLog:
@@ -63,16 +65,20 @@ def line(
     scope: MutableMapping[str, Any], status: int, seconds: float, generation: Generation | None
 ) -> str:
     """The line: "-" stands for what there is not, such as the status of an answer that the client
-    did not wait for, and "abort" for the finish of a choice that was ended."""
+    did not wait for, and "abort" for the finish of a choice that was ended. Last comes why the
+    prefix cache had no more of the prompts, where it did not have all that it could."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     client = "{}:{}".format(*scope["client"]) if scope.get("client") else "-"
-    prompt = completion = finish = "-"
+    prompt = cached = completion = finish = "-"
+    missed: list[str] = []
     if generation is not None:
         prompt, completion = str(generation.prompt_tokens), str(generation.completion_tokens)
+        cached, missed = str(generation.cached_tokens), [m for m in generation.missed if m]
         finish = ",".join(sorted({answer.finish or "abort" for answer in generation.answers}))
     return (
         f"{now} {client} {_plain(scope['method'])} {_plain(scope['path'])} {status or '-'} "
-        f"prompt={prompt} completion={completion} seconds={seconds:.3f} finish={finish}"
+        f"prompt={prompt} cached={cached} completion={completion} seconds={seconds:.3f} "
+        f"finish={finish}" + "".join(f' missed="{reason}"' for reason in missed[:_MOST_REASONS])
     )
 
 

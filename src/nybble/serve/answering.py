@@ -7,13 +7,15 @@ these meet the engine and the client.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.types import Receive, Scope, Send
 
 from nybble.engine.request import Request
+from nybble.serve.access import KEY_DIGEST
 from nybble.serve.access_log import GENERATION
 from nybble.serve.errors import Refusal, invalid
 from nybble.serve.generation import Disconnected, Generation
@@ -100,9 +102,9 @@ class Answering:
                 body, lambda values, bounds: self._prepare(service, values, bounds)
             )
             field = prepared.asked.grammar_field
-            async with Generation(
-                service.bridge, prepared.requests, receive, began, field
-            ) as generation:
+            salt = salt_of(scope.get(KEY_DIGEST, b""), prepared.asked.cache_salt)
+            requests = [replace(request, salt=salt) for request in prepared.requests]
+            async with Generation(service.bridge, requests, receive, began, field) as generation:
                 scope[GENERATION] = generation
                 if prepared.asked.stream:
                     await send_events(generation, writer, send, service.aside)
@@ -112,6 +114,18 @@ class Answering:
             pass
         finally:
             service.active -= 1
+
+
+def salt_of(key_digest: bytes, cache_salt: str) -> bytes:
+    """What divides the prefix cache: requests share prefixes if both the key and what they ask to
+    be told apart by are equal. Else a key's owner could find out, by time or by `cached_tokens`,
+    how prompts of another one begin."""
+    if not key_digest and not cache_salt:
+        return b""
+    digest = hashlib.sha256(b"nybble prefix cache")
+    for part in (key_digest, cache_salt.encode()):
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.digest()
 
 
 async def read_body(scope: Scope, receive: Receive, service: Service) -> bytes:

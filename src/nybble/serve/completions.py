@@ -164,7 +164,7 @@ class CompletionWriter:
             return b""
         return sse({**self._head, "choices": [], "usage": self._usage(generation)})
 
-    def _usage(self, generation: Generation) -> dict[str, int]:
+    def _usage(self, generation: Generation) -> dict[str, object]:
         return usage(generation, is_scored_only=self._echo.is_scored_only)
 
     def whole(self, generation: Generation) -> Iterator[bytes]:

@@ -192,7 +192,7 @@ class Step:
 class Generation:
     """The engine's work for one HTTP request, which came at `began`: as many requests as there are
     prompts. `grammar_field` is what an error of their grammar is about, `has_failed` whether an
-    error ended one of them.
+    error ended one of them; `missed` says of each prompt why the prefix cache had no more of it.
 
         async with Generation(bridge, requests, receive, began) as generation:
             while not generation.is_done:
@@ -216,6 +216,8 @@ class Generation:
         self._n = requests[0].params.n
         self.answers = [Answer() for _ in range(len(requests) * self._n)]
         self.prompts: list[PromptLogprobs | None] = [None] * len(requests)
+        self._cached = [0] * len(requests)
+        self.missed: list[str] = [""] * len(requests)
         self._left = len(self.answers)
         self._times = [Times(began) for _ in self.answers]
 
@@ -228,6 +230,11 @@ class Generation:
     def prompt_tokens(self) -> int:
         """Tokens of all prompts."""
         return sum(len(request.prompt) for request in self.requests)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Those of them that came from the prefix cache."""
+        return sum(self._cached)
 
     @property
     def completion_tokens(self) -> int:
@@ -296,6 +303,8 @@ class Generation:
             self.prompts[number] = event.prompt
         if event.queued_s is not None:
             self._bridge.metrics.queued(event.queued_s)
+        if event.cached is not None and event.choice == 0:
+            self._cached[number], self.missed[number] = event.cached, event.missed
         finish: Finish = event.finish
         if event.token is not None:
             answer.tokens.append(event.token)

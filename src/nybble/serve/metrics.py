@@ -8,7 +8,7 @@ Source of names and meanings: vLLM documentation, "Production Metrics".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -155,6 +155,11 @@ class Metrics:
         return generate_latest(self._registry)
 
 
+#: A name, what it means, and its values by the value of one label more than the model's name; that
+#: label's name is "" where there is none.
+_Figure = tuple[str, str, str, Mapping[str, float]]
+
+
 class _EngineFigures(Collector):
     def __init__(self, model: str, most: int, stats: Callable[[], EngineStats]) -> None:
         self._model, self._most, self._stats = model, most, stats
@@ -162,32 +167,87 @@ class _EngineFigures(Collector):
     def collect(self) -> Iterable[Metric]:
         """The engine's own figures, as they are now."""
         now = self._stats()
-        gauges = (
-            ("vllm:num_requests_running", "Choices that are being generated.", now.running),
-            ("vllm:num_requests_waiting", "Choices that wait for their turn.", now.waiting),
-            (
-                "vllm:kv_cache_usage_perc",
-                "Pages in use; 1 is all of them.",
-                now.pages_used / max(now.pages, 1),
-            ),
-            ("nybble:kv_cache_pages", "Pages that there are.", now.pages),
-            ("nybble:state_slots", "Slots of recurrent states that there are.", now.slots),
-            ("nybble:state_slots_used", "Slots of recurrent states in use.", now.slots_used),
-            ("nybble:max_sequences", "Sequences that can run at once.", self._most),
-        )
-        counters = (
-            ("vllm:prompt_tokens", "Tokens of prompts computed.", now.prompt_tokens),
-            ("vllm:generation_tokens", "Tokens generated.", now.generated_tokens),
-            ("vllm:num_preemptions", "Times a sequence had to give its pages.", now.preemptions),
-            ("nybble:recomputed_tokens", "Tokens computed again.", now.recomputed_tokens),
-            ("nybble:engine_steps", "Steps of the engine.", now.steps),
-            ("nybble:kv_cache_clipped", "Values too large for FP8 pages.", now.clipped),
-        )
-        for name, meaning, value in gauges:
-            gauge = GaugeMetricFamily(name, meaning, labels=("model_name",))
-            gauge.add_metric((self._model,), value)
-            yield gauge
-        for name, meaning, value in counters:
-            counter = CounterMetricFamily(name, meaning, labels=("model_name",))
-            counter.add_metric((self._model,), value)
-            yield counter
+        for figure in (*_gauges(now), _plain("nybble:max_sequences", _AT_ONCE, self._most)):
+            yield self._filled(GaugeMetricFamily, figure)
+        for figure in (*_counters(now), *_cache_counters(now), *_draft_counters(now)):
+            yield self._filled(CounterMetricFamily, figure)
+
+    def _filled(
+        self, kind: type[GaugeMetricFamily] | type[CounterMetricFamily], figure: _Figure
+    ) -> Metric:
+        name, meaning, label, values = figure
+        made = kind(name, meaning, labels=("model_name", label) if label else ("model_name",))
+        for value_of_label, value in values.items():
+            labels = (self._model, value_of_label) if label else (self._model,)
+            made.add_metric(labels, value)
+        return made
+
+
+_AT_ONCE = "Sequences that can run at once."
+
+
+def _plain(name: str, meaning: str, value: float) -> _Figure:
+    return name, meaning, "", {"": value}
+
+
+def _gauges(now: EngineStats) -> Iterable[_Figure]:
+    used = now.pages_used / max(now.pages, 1)
+    yield _plain("vllm:num_requests_running", "Choices that are being generated.", now.running)
+    yield _plain("vllm:num_requests_waiting", "Choices that wait for their turn.", now.waiting)
+    yield _plain("vllm:kv_cache_usage_perc", "Pages in use; 1 is all of them.", used)
+    yield _plain("nybble:kv_cache_pages", "Pages that there are.", now.pages)
+    yield _plain("nybble:state_slots", "Slots of recurrent states that there are.", now.slots)
+    yield _plain("nybble:state_slots_used", "Slots of recurrent states in use.", now.slots_used)
+    yield _plain(
+        "nybble:prefix_cache_pages", "Pages kept for prompts that begin alike.", now.cached_pages
+    )
+    yield _plain(
+        "nybble:prefix_cache_snapshots",
+        "Snapshots of recurrent states that there is room for.",
+        now.snapshots,
+    )
+    yield _plain("nybble:prefix_cache_snapshots_used", "Snapshots kept.", now.snapshots_used)
+    # The engine's own reason has figures in it: as a label it would be another one each time.
+    why = {"does not pay" if now.draft_steps else "not asked for": 1.0} if now.drafting else {}
+    yield "nybble:drafting_off", "1 while no tokens are guessed ahead, by why.", "reason", why
+
+
+def _counters(now: EngineStats) -> Iterable[_Figure]:
+    yield _plain("vllm:prompt_tokens", "Tokens of prompts computed.", now.prompt_tokens)
+    yield _plain("vllm:generation_tokens", "Tokens generated.", now.generated_tokens)
+    yield _plain("vllm:num_preemptions", "Times a sequence had to give its pages.", now.preemptions)
+    yield _plain("nybble:recomputed_tokens", "Tokens computed again.", now.recomputed_tokens)
+    yield _plain("nybble:engine_steps", "Steps of the engine.", now.steps)
+    yield _plain("nybble:kv_cache_clipped", "Values too large for FP8 pages.", now.clipped)
+
+
+def _cache_counters(now: EngineStats) -> Iterable[_Figure]:
+    yield _plain(
+        "vllm:prefix_cache_queries", "Tokens of prompts that were looked up.", now.cache_queries
+    )
+    yield _plain("vllm:prefix_cache_hits", "Those that the cache had.", now.cache_hits)
+    yield (
+        "nybble:prefix_cache_misses",
+        "Prompts of which the cache did not have all that could be, by why.",
+        "reason",
+        {reason: count for reason, count in now.cache_misses if reason != "hit"},
+    )
+    yield _plain(
+        "nybble:prefix_cache_evictions",
+        "Pages and snapshots given up for others.",
+        now.cache_evictions,
+    )
+
+
+def _draft_counters(now: EngineStats) -> Iterable[_Figure]:
+    yield _plain(
+        "vllm:spec_decode_num_drafts", "Times guesses of a sequence were verified.", now.draft_steps
+    )
+    yield _plain("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", now.drafted)
+    yield _plain("vllm:spec_decode_num_accepted_tokens", "Those that were right.", now.accepted)
+    yield (
+        "vllm:spec_decode_num_accepted_tokens_per_pos",
+        "Those that were right, by their place among the guesses of a step, from 0.",
+        "position",
+        {str(i): count for i, count in enumerate(now.accepted_by_position)},
+    )

@@ -39,6 +39,7 @@ MOST_MESSAGES = 4_096
 MOST_PROMPTS = 256
 MOST_ANSWERS = 1_024
 MOST_CHARACTERS = 1 << 24
+MOST_SALT_CHARACTERS = 1_000
 #: Of OpenAI's completions; chats go on until the context is full.
 COMPLETION_TOKENS = 16
 
@@ -90,14 +91,15 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What both kinds of request ask for. `grammar_field` is the field that the grammar came from,
-    if there is one."""
+    """What both kinds of request ask for. `cache_salt` divides the prefix cache further than keys
+    do; `grammar_field` is the field that the grammar came from, if there is one."""
 
     model: str | None
     params: SamplingParams
     stream: bool
     include_usage: bool
     priority: int
+    cache_salt: str = ""
     grammar_field: str | None = None
 
 
@@ -209,8 +211,17 @@ def _asked(fields: Fields, bounds: Bounds, *, max_tokens: int, logprobs: int | N
         stream,
         include_usage,
         fields.whole("priority", -MOST_PRIORITY, MOST_PRIORITY) or 0,
+        _cache_salt(fields),
         grammar_field,
     )
+
+
+def _cache_salt(fields: Fields) -> str:
+    """vLLM takes no empty one either: who sends it has most likely lost a secret."""
+    salt = fields.text("cache_salt", MOST_SALT_CHARACTERS)
+    if salt == "":
+        raise invalid("cache_salt", "cache_salt must not be empty; leave it out")
+    return salt or ""
 
 
 def _params(

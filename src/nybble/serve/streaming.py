@@ -87,11 +87,16 @@ def separated(lists: Iterable[Iterable[bytes]]) -> Iterator[bytes]:
         yield from pieces
 
 
-def usage(generation: Generation, *, is_scored_only: bool = False) -> dict[str, int]:
+def usage(generation: Generation, *, is_scored_only: bool = False) -> dict[str, object]:
     """What a request took, in OpenAI's names."""
     made = 0 if is_scored_only else generation.completion_tokens
     prompt = generation.prompt_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": made,
+        "total_tokens": prompt + made,
+        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
+    }
 
 
 async def send_whole(generation: Generation, writer: Writer, send: Send, aside: Aside) -> None:

@@ -34,8 +34,9 @@ log = logging.getLogger("nybble")
 #: is reported, so that a model where all turns on it is not tried for long.
 _FIRST_ACCEPTANCE = 0.8
 
-#: Times that are needed: the first step of its kind may do things once.
-_LEAST_TIMES = 2
+#: Times that are needed, of steps without drafts and with: the first of its kind may do things once,
+#: and drafts that do not seem to pay are given some more, for caches and code to become warm.
+_LEAST_TIMES = {False: 2, True: 3}
 #: Steps for which times of a similar number of sequences will do, if by these drafts pay.
 _BORROWED_STEPS = 8
 
@@ -114,7 +115,8 @@ class _Regime:
     def is_known(self) -> bool:
         """Whether steps with drafts can be compared with those without."""
         steps = self.steps
-        return steps.count(is_drafted=False) >= _LEAST_TIMES and steps.count(is_drafted=True) > 0
+        is_plain_known = steps.count(is_drafted=False) >= _LEAST_TIMES[False]
+        return is_plain_known and steps.count(is_drafted=True) > 0
 
     def is_like(self, other: _Regime) -> bool:
         """Whether numbers of sequences are so near that times rise about alike."""
@@ -401,7 +403,7 @@ class Speculation:
         if self._planned is not None:
             planned, depth = self._planned
             under_way = int(planned is regime and (depth > 0) == is_drafted)
-        return regime.steps.count(is_drafted=is_drafted) + under_way < _LEAST_TIMES
+        return regime.steps.count(is_drafted=is_drafted) + under_way < _LEAST_TIMES[is_drafted]
 
     def _chances(self, known: list[Acceptance]) -> list[list[float]]:
         """How likely each draft of each sequence is to be accepted with all before it."""

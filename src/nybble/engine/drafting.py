@@ -49,7 +49,7 @@ class Drafting:
 
     def propose(self, parts: Sequence[Part]) -> None:
         """After a step: set the drafts of the sequences that decode next."""
-        if not self._can_draft(len(parts)):
+        if not self.can_draft(len(parts)):
             return
         goes_on = [not part.is_done and part.sequence.is_decoding for part in parts]
         keys = [part.sequence.key for part, goes in zip(parts, goes_on, strict=True) if goes]
@@ -70,7 +70,7 @@ class Drafting:
             running = self._scheduler.running
             self._has_entries = any(s.state.mtp_length >= 0 for s in running)
 
-    def _can_draft(self, sequences: int) -> bool:
+    def can_draft(self, sequences: int) -> bool:
         """Whether anything may come of asking; costs the same for any number of sequences."""
         if self.drafter.needs_hidden:
             return self._has_entries

@@ -487,17 +487,22 @@ class Engine:
 
     def _draft(self, drafting: Drafting, step: _Step, computed_s: float) -> None:
         """Have the next tokens of sequences guessed, and tell the policy what the step took."""
-        begun = time.monotonic()
+        took = 0.0
+        if drafting.can_draft(len(step.parts)):
+            begun = time.monotonic()
+            self._propose(drafting, step)
+            took = time.monotonic() - begun
+        if all(share.is_sampled and share.work.is_recurrent for share in step.shares):
+            rows = sum(len(share.work.tokens) for share in step.shares)
+            drafting.speculation.note_step(len(step.shares), rows, computed_s, took)
+
+    def _propose(self, drafting: Drafting, step: _Step) -> None:
         parts = [Part(s, n, s.is_ended) for s, n in step.parts if self._lives(s)]
         try:
             drafting.propose(parts)
         except DoesNotFit as error:  # tokens come without drafts too
             log.warning("no memory for drafts: %s; these sequences go on without", error)
             drafting.give_up(parts)
-        if all(share.is_sampled and share.work.is_recurrent for share in step.shares):
-            rows = sum(len(share.work.tokens) for share in step.shares)
-            took = time.monotonic() - begun
-            drafting.speculation.note_step(len(step.shares), rows, computed_s, took)
 
     def _shrink(self, shares: list[Share], reason: str) -> list[Event]:
         """A batch found no memory: its last in turn ends, and the others begin again, since a

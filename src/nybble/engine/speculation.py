@@ -34,7 +34,7 @@ log = logging.getLogger("nybble")
 #: is reported, so that a model where all turns on it is not tried for long.
 _FIRST_ACCEPTANCE = 0.8
 
-#: Times that are needed, of steps without drafts and with: the first of its kind may do things once,
+#: Times that are needed, of steps without drafts and with: the first of a kind may do things once,
 #: and drafts that do not seem to pay are given some more, for caches and code to become warm.
 _LEAST_TIMES = {False: 2, True: 3}
 #: Steps for which times of a similar number of sequences will do, if by these drafts pay.

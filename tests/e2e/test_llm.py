@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import random
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from nybble import LLM, SamplingParams
 from nybble.api.llm import OpenOptions, open_engine
 from nybble.api.quantize import quantize
 from nybble.engine.request import Grammar, Token
+from nybble.engine.speculation import Speculation
 from nybble.errors import (
     ContextTooLong,
     DoesNotFit,
@@ -362,6 +364,36 @@ def test_other_choices_of_a_prompt_longer_than_a_step_draft_too() -> None:
         assert llm.stats.drafted > 0
         alone = [llm.generate(ids, replace(DRAWN, n=4, max_tokens=8))[0]]
         assert [c.tokens for c in found.choices] == [c.tokens for c in alone[0].choices]
+
+
+def conversation(llm: LLM) -> list[tuple[object, ...]]:
+    """Of each turn: its tokens, their log-probabilities, and how much of it was in the cache."""
+    history, found = llm.encode("A story of a girl, a boat and a very long day. " * 6), []
+    for turn in range(9):
+        params = replace(DRAWN, max_tokens=100, seed=turn, logprobs=2)
+        [done] = llm.generate(history, params)
+        alternatives = [choice.logprobs for choice in done.choices]
+        found.append((done.tokens, alternatives, done.usage.cached_tokens))
+        history = [*history, *done.tokens, *llm.encode(f" And then? {turn}")]
+    return found
+
+
+def test_a_policy_that_changes_its_mind_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a hybrid generated text is not what reading it again makes, bit for bit: so what is read
+    again must not depend on whether somebody guessed when it was generated."""
+    options: dict[str, Any] = {"memory": 0.2, "max_sequences": 2, "max_context": 2048}
+    with LLM(CARRIED, **options, draft="off") as llm:
+        expected = conversation(llm)
+    assert [cached for *_, cached in expected[1:]] == sorted(c for *_, c in expected[1:]) > [0] * 8
+    draw = random.Random(5)
+    monkeypatch.setattr(Speculation, "starts", lambda *_: draw.random() < 0.8)
+    monkeypatch.setattr(Speculation, "is_over", lambda *_: draw.random() < 0.01)
+    drafted = 0
+    for _ in range(3):
+        with LLM(CARRIED, **options, draft_tokens=2) as llm:
+            assert conversation(llm) == expected
+            drafted += llm.stats.drafted
+    assert drafted > 0
 
 
 def test_options_out_of_bounds_are_named() -> None:

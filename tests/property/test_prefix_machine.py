@@ -258,7 +258,9 @@ class PrefixMachine(RuleBasedStateMachine):
             sequence.is_open = False
         elif here is None:
             self.model[key] = Cached(mine, exact, mtp, 0)
-        elif exact and here.is_exact and here.has_mtp >= mtp:
+        elif exact and here.is_exact:  # the same bits
+            if mtp and not here.has_mtp and not self.users(key):
+                here.page, here.has_mtp = mine, True
             mine = here.page
         elif self.users(key) or (here.is_exact and not exact):
             sequence.is_open = False

@@ -272,7 +272,7 @@ def test_two_that_compute_the_same_share_pages() -> None:
     [
         ((True, True), (True, True), True),
         ((True, True), (True, False), True),
-        ((True, False), (True, True), False),
+        ((True, False), (True, True), True),
         ((False, True), (True, True), False),
         ((True, True), (False, True), False),
         ((False, False), (False, False), False),
@@ -298,7 +298,6 @@ def test_pages_of_other_bits_are_not_shared(
 @pytest.mark.parametrize(
     ("cached", "ours", "is_replaced"),
     [
-        ((True, False), (True, True), True),
         ((False, True), (True, True), True),
         ((False, True), (False, True), True),
         ((True, True), (False, True), False),
@@ -325,6 +324,24 @@ def test_pages_that_nobody_uses_make_way(
         assert attach(cache, two.lease, 256) == [True]
     else:
         assert hit.length == 256
+    two.end()
+    cache.check()
+
+
+def test_an_equal_page_with_entries_takes_the_place_of_one_without() -> None:
+    """The bits are the same, so what lies behind and the state stay; whether there are entries
+    decides about guesses, never about what is computed again."""
+    cache, prompt = cache_of(), text(300)
+    one = start(cache, prompt)
+    one.fill(has_mtp=False)
+    attach(cache, one.lease, 256)
+    one.end()
+    two = start(cache, prompt, most=0)
+    mine = list(two.pages)
+    two.fill(has_mtp=True)
+    assert two.pages == mine
+    hit = cache.find(prompt, SALT, 299)
+    assert (hit.length, hit.has_mtp, hit.is_exact) == (256, True, True)
     two.end()
     cache.check()
 

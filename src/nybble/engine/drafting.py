@@ -30,11 +30,8 @@ class Drafting:
         self.drafter, self.speculation, self._scheduler = drafter, speculation, scheduler
         self._has_entries = False  # whether some sequence that runs may have all its entries
 
-    def needs_entries(self, sequence: Generated) -> bool:
-        """Whether a sequence is to draft, and so to begin where it has all entries of the head: so
-        what the cache has without them is no hit. Asked of the policy once."""
-        if not self.drafter.needs_hidden:
-            return False
+    def _is_to_draft(self, sequence: Generated) -> bool:
+        """Whether entries are kept up while a sequence generates. Asked of the policy once."""
         if sequence.is_drafting is None:
             sequence.is_drafting = self.speculation.starts(sequence.key)
         return sequence.is_drafting
@@ -107,7 +104,7 @@ class Drafting:
         return Guess(part.work, sequence.tokens(start, end), state.pages, start, drafts)
 
     def _goes_on_drafting(self, sequence: Generated) -> bool:
-        return self.needs_entries(sequence) and not self.speculation.is_over(sequence.key)
+        return self._is_to_draft(sequence) and not self.speculation.is_over(sequence.key)
 
     def give_up(self, parts: Sequence[Part]) -> None:
         """Sequences could not be drafted for, and are not again while they run."""

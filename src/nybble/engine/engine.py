@@ -163,7 +163,6 @@ class Engine:
         self._drafting: Drafting | None = None
         if drafter is not None and speculation is not None:
             self._drafting = Drafting(drafter, speculation, self.scheduler)
-            self.scheduler.needs_mtp = self._drafting.needs_entries
         self._remembering: Remembering | None = None
         if cache is not None:
             self._remembering = Remembering(

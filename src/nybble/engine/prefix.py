@@ -196,19 +196,18 @@ class PrefixCache:
         salt: bytes,
         most: int,
         boundaries: Sequence[int] = (),
-        *,
-        needs_mtp: bool = False,
     ) -> Hit:
         """The longest part of a prompt that a sequence may begin with, `most` tokens at most.
 
-        `boundaries` are the lengths, rising, at which its turns end. `needs_mtp`: no further than
-        there are entries of the MTP head. Changes nothing.
+        `boundaries` are the lengths, rising, at which its turns end. Changes nothing. Whether there
+        are entries of the MTP head makes no difference: what is drafted must not decide what is
+        computed again, and so about bits.
         """
         root = self._roots.get(salt)
         if most < self.step or root is None or not root.children:
             return Hit("short" if most < self.step else "empty", len(prompt))
         tokens = array("i", prompt).tobytes()
-        path = self._walk(root, tokens, needs_mtp=needs_mtp)
+        path = self._walk(root, tokens)
         last = path[-1] if path else root
         rest = tokens[last.end * _TOKEN_BYTES : (last.end + self.page_tokens) * _TOKEN_BYTES]
         matched = last.end + _longest_common(last.children, rest)
@@ -232,12 +231,12 @@ class PrefixCache:
             has_states=self.has_states,
         )
 
-    def _walk(self, root: Node, tokens: bytes, *, needs_mtp: bool = False) -> list[Node]:
+    def _walk(self, root: Node, tokens: bytes) -> list[Node]:
         """The cached pages with which the tokens begin."""
         node, path, size = root, [], self.page_tokens * _TOKEN_BYTES
         for at in range(0, len(tokens) - size + 1, size):
             child = node.children.get(tokens[at : at + size])
-            if child is None or (needs_mtp and not child.has_mtp):
+            if child is None:
                 break
             path.append(child)
             node = child
@@ -309,8 +308,8 @@ class PrefixCache:
             lease.is_open = False
         elif node is None:
             node = self._add(lease.last, key, page, is_exact, has_mtp)
-        elif is_exact and node.is_exact and (node.has_mtp or not has_mtp):
-            self.pages.give_back([page])
+        elif is_exact and node.is_exact:
+            self._share_equal(node, page, has_mtp)
         elif node.users or (node.is_exact and not is_exact):
             lease.is_open = False
         else:
@@ -376,6 +375,13 @@ class PrefixCache:
         parent.evicted.discard(hash(key))
         self._held += 1
         return node
+
+    def _share_equal(self, node: Node, page: int, has_mtp: bool) -> None:
+        """Of two pages with the same bits one is enough: the one with entries of the MTP head, if
+        nobody uses the other."""
+        if has_mtp and not node.has_mtp and not node.users:
+            node.page, page, node.has_mtp = page, node.page, True
+        self.pages.give_back([page])
 
     def _replace(self, node: Node, page: int, is_exact: bool, has_mtp: bool) -> None:
         """A page that nobody uses gets other bits; the state at its end goes with the old ones, and

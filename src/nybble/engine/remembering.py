@@ -57,6 +57,8 @@ class Remembering:
                 is_exact=is_exact,
                 has_mtp=state.mtp_length >= end,
             )
+            if state.mtp_length >= 0 and not lease.has_mtp:  # what others made lacks entries
+                state.mtp_length, state.drafts = -1, []
 
     def _keep_decoded(self, share: Share) -> None:
         """A snapshot of the state of generated text, for the next turn of a conversation: at the

@@ -22,7 +22,6 @@ The rules, all of them:
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from nybble.engine.prefix import Hit, PrefixCache
@@ -142,8 +141,6 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
-        #: Whether a sequence is to begin where entries of the MTP head are there, and no further.
-        self.needs_mtp: Callable[[Sequence], bool] = lambda sequence: False
         self._refused: tuple[Turn, int, int, int] | None = None
         self._reserving: set[tuple[bytes, tuple[int, ...]]] = set()
 
@@ -256,7 +253,6 @@ class Scheduler:
             request.salt,
             most,
             sequence.boundaries,
-            needs_mtp=self.needs_mtp(sequence),
         )
 
     def _start_from(self, sequence: Sequence, hit: Hit | None, cache: PrefixCache) -> None:

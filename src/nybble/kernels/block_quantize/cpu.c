@@ -48,36 +48,8 @@ static inline void widen(const char *source, int64_t at, int n, int dtype, float
   }
 }
 
-#define NYB_AVX512 0
-#define NYB_AVX2 0
-#include "lanes.h"
-#include "quantize.h"
-#include "decode.h"
-#if defined(__x86_64__)
-#undef NYB_AVX2
-#define NYB_AVX2 1
-#include "lanes.h"
-#include "quantize.h"
-#include "decode.h"
-#undef NYB_AVX2
-#undef NYB_AVX512
-#define NYB_AVX2 0
-#define NYB_AVX512 1
-#include "lanes.h"
-#include "quantize.h"
-#include "decode.h"
-#endif
-
-#if defined(__x86_64__)
-#define CALL(isa, function, ...)                                                       \
-  do {                                                                                 \
-    if ((isa) >= NYB_ISA_AVX512) function##_avx512(__VA_ARGS__);                       \
-    else if ((isa) >= NYB_ISA_AVX2) function##_avx2(__VA_ARGS__);                      \
-    else function##_portable(__VA_ARGS__);                                             \
-  } while (0)
-#else
-#define CALL(isa, function, ...) function##_portable(__VA_ARGS__)
-#endif
+#define NYB_BODY "block_quantize/quantize.h"
+#include "../every_isa.h"
 
 /* All tiles of all segments in one list, so that many small matrices and one large one load the threads alike. */
 typedef struct {

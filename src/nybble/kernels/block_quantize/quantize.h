@@ -1,6 +1,7 @@
 /* Block quantization in lanes: lane b of a vector belongs to block b, the elements of a block follow one another in
  * time. So a block's error is a sum in the order of its elements, and 16 (or 8) blocks are searched at once.
  * Included once per instruction set, after lanes.h. Definition and tests: formats/search.py. */
+#include "lanes.h"
 
 /* E2M1 rounding of t >= 0 (nearest, ties to even, saturating at 6). Values below 2 lie on a grid of 1/2, below 4 of 1,
  * above of 2: adding 1.5 * 2^23 grid steps rounds to the grid, and leaves the count of steps in the low bits. */
@@ -376,3 +377,5 @@ KERNEL void NAME(encode_fp8)(const nyb_segment *segment, int64_t from, int64_t t
     for (int l = 0; l < n; l++) segment->codes[i + l] = (uint8_t)codes[l];
   }
 }
+
+#include "decode.h"

@@ -31,35 +31,15 @@ typedef struct {
   int activation, isa;
 } rows_job;
 
-#define NYB_AVX512 0
-#define NYB_AVX2 0
-#include "floats.h"
-#include "rows.h"
-#if defined(__x86_64__)
-#undef NYB_AVX2
-#define NYB_AVX2 1
-#include "floats.h"
-#include "rows.h"
-#undef NYB_AVX2
-#undef NYB_AVX512
-#define NYB_AVX2 0
-#define NYB_AVX512 1
-#include "floats.h"
-#include "rows.h"
-#define CALL(function)                                                       \
-  if (j->isa >= NYB_ISA_AVX512) function##_avx512(j, from, to);              \
-  else if (j->isa >= NYB_ISA_AVX2) function##_avx2(j, from, to);             \
-  else function##_portable(j, from, to)
-#else
-#define CALL(function) function##_portable(j, from, to)
-#endif
+#define NYB_BODY "elementwise/rows.h"
+#include "../every_isa.h"
 
 #define TASK_OF(function)                                                    \
   static void function##_task(void *context, int64_t index) {                \
     const rows_job *j = context;                                             \
     int64_t from = index * j->per_task, to = from + j->per_task;             \
     if (to > j->rows) to = j->rows;                                          \
-    CALL(function);                                                          \
+    CALL(j->isa, function, j, from, to);                                                          \
   }
 TASK_OF(norm_rows)
 TASK_OF(add_rows)

@@ -1,4 +1,5 @@
 /* Kernels on rows of floats for one instruction set: see floats.h. */
+#include "floats.h"
 
 #define LEFT(at, n) ((n) - (at) < LANES ? (int)((n) - (at)) : LANES)
 

@@ -91,30 +91,8 @@ static int64_t chunk_floats(const delta_job *j) {
   return CHUNK * (3 * j->key_dim + j->value_dim) + 2 * CHUNK * CHUNK + 3 * CHUNK;
 }
 
-#define NYB_AVX512 0
-#define NYB_AVX2 0
-#include "../elementwise/floats.h"
-#include "delta.h"
-#if defined(__x86_64__)
-#undef NYB_AVX2
-#define NYB_AVX2 1
-#include "../elementwise/floats.h"
-#include "delta.h"
-#undef NYB_AVX2
-#undef NYB_AVX512
-#define NYB_AVX2 0
-#define NYB_AVX512 1
-#include "../elementwise/floats.h"
-#include "delta.h"
-#define CALL(isa, function, ...)                                         \
-  do {                                                                   \
-    if ((isa) >= NYB_ISA_AVX512) function##_avx512(__VA_ARGS__);         \
-    else if ((isa) >= NYB_ISA_AVX2) function##_avx2(__VA_ARGS__);        \
-    else function##_portable(__VA_ARGS__);                               \
-  } while (0)
-#else
-#define CALL(isa, function, ...) function##_portable(__VA_ARGS__)
-#endif
+#define NYB_BODY "gated_delta/delta.h"
+#include "../every_isa.h"
 
 /* At most `buffers` threads work at a time, so one is always free. */
 static int take_buffer(delta_job *j) {

@@ -1,4 +1,5 @@
 /* The gated delta rule and the causal convolution for one instruction set: see ../elementwise/floats.h. */
+#include "../elementwise/floats.h"
 
 /* Registers: a tile holds TILE_ROWS x TILE_VECTORS sums, a token 2 x TOKEN_VECTORS. */
 #if NYB_AVX512

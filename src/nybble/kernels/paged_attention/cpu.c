@@ -191,33 +191,8 @@ AVX512 void transpose_16(const char *const *at, int64_t d, int64_t head_dim, con
 }
 #endif
 
-#define NYB_AVX512 0
-#define NYB_AVX2 0
-#include "lanes.h"
-#include "tile.h"
-#if defined(__x86_64__)
-#undef NYB_AVX2
-#define NYB_AVX2 1
-#include "lanes.h"
-#include "tile.h"
-#undef NYB_AVX2
-#undef NYB_AVX512
-#define NYB_AVX2 0
-#define NYB_AVX512 1
-#include "lanes.h"
-#include "tile.h"
-#endif
-
-#if defined(__x86_64__)
-#define CALL(isa, function, ...)                                     \
-  do {                                                               \
-    if ((isa) >= NYB_ISA_AVX512) function##_avx512(__VA_ARGS__);     \
-    else if ((isa) >= NYB_ISA_AVX2) function##_avx2(__VA_ARGS__);    \
-    else function##_portable(__VA_ARGS__);                           \
-  } while (0)
-#else
-#define CALL(isa, function, ...) function##_portable(__VA_ARGS__)
-#endif
+#define NYB_BODY "paged_attention/tile.h"
+#include "../every_isa.h"
 
 /* ------------------------------------------------------------------------------------------------------ attention */
 

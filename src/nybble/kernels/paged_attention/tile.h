@@ -1,6 +1,7 @@
 /* A tile of queries against a segment of the keys, block by block. A row is one query head of one token; rows of a tile
  * are [tokens, query heads of the group]. What a row gets depends on its own range of positions alone: the same
  * operations in the same order whatever else is in the tile. */
+#include "lanes.h"
 
 /* c[r][..] = (keep ? c[r][..] * keep[r] : 0) + the sum over i < depth of a[r][i] * b[i][..], in order of i. */
 FN void NAME(multiply_panel)(const int rows, const int vectors, int64_t depth, const float *a, int64_t a_stride,

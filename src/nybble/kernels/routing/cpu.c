@@ -65,30 +65,8 @@ static void choose(const float *logits, int64_t experts, int64_t top, int32_t *c
   for (int64_t i = 0; i < top; i++) chosen[i] = (int32_t)~(uint32_t)best[i];
 }
 
-#define NYB_AVX512 0
-#define NYB_AVX2 0
-#include "../elementwise/floats.h"
-#include "rows.h"
-#if defined(__x86_64__)
-#undef NYB_AVX2
-#define NYB_AVX2 1
-#include "../elementwise/floats.h"
-#include "rows.h"
-#undef NYB_AVX2
-#undef NYB_AVX512
-#define NYB_AVX2 0
-#define NYB_AVX512 1
-#include "../elementwise/floats.h"
-#include "rows.h"
-#define CALL(isa, function, ...)                                         \
-  do {                                                                   \
-    if ((isa) >= NYB_ISA_AVX512) function##_avx512(__VA_ARGS__);         \
-    else if ((isa) >= NYB_ISA_AVX2) function##_avx2(__VA_ARGS__);        \
-    else function##_portable(__VA_ARGS__);                               \
-  } while (0)
-#else
-#define CALL(isa, function, ...) function##_portable(__VA_ARGS__)
-#endif
+#define NYB_BODY "routing/rows.h"
+#include "../every_isa.h"
 
 static void choose_task(void *context, int64_t index) {
   const choose_job *j = context;

@@ -1,4 +1,5 @@
 /* Weights of experts and sums of their outputs for one instruction set: see ../elementwise/floats.h. */
+#include "../elementwise/floats.h"
 
 #define LEFT(at, n) ((n) - (at) < LANES ? (int)((n) - (at)) : LANES)
 #define VECTORS 4 /* of a row that are summed side by side */

@@ -32,19 +32,8 @@ typedef struct {
 typedef int32_t block_bits __attribute__((vector_size(32), aligned(4), may_alias)); /* eight tokens of a mask */
 typedef float block_floats __attribute__((vector_size(32)));
 
-#define NYB_AVX512 0
-#define NYB_AVX2 0
-#include "lanes.h"
-#if defined(__x86_64__)
-#undef NYB_AVX2
-#define NYB_AVX2 1
-#include "lanes.h"
-#undef NYB_AVX2
-#undef NYB_AVX512
-#define NYB_AVX2 0
-#define NYB_AVX512 1
-#include "lanes.h"
-#endif
+#define NYB_BODY "token_choice/lanes.h"
+#include "../every_isa.h"
 
 typedef struct {
   float (*largest)(const float *x, int64_t n);

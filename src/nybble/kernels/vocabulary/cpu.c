@@ -32,22 +32,8 @@ static inline const float *whole_block(const float *row, int64_t at, int64_t n, 
   return tail;
 }
 
-#define NYB_AVX512 0
-#define NYB_AVX2 0
-#include "lanes.h"
-#include "rows.h"
-#if defined(__x86_64__)
-#undef NYB_AVX2
-#define NYB_AVX2 1
-#include "lanes.h"
-#include "rows.h"
-#undef NYB_AVX2
-#undef NYB_AVX512
-#define NYB_AVX2 0
-#define NYB_AVX512 1
-#include "lanes.h"
-#include "rows.h"
-#endif
+#define NYB_BODY "vocabulary/rows.h"
+#include "../every_isa.h"
 
 typedef struct {
   const float *reference, *candidate;

@@ -1,5 +1,6 @@
 /* One row of logits, or a pair of them, in blocks of BLOCK entries: the largest entry first, then the exponentials
  * against the largest so far, so that every entry comes from memory once. The order of the sums is fixed. */
+#include "lanes.h"
 
 /* Takes in a block: its largest entry, and what the sums so far are to be multiplied by. */
 FN double NAME(meet)(seen *s, const float *block, int64_t at) {

@@ -39,15 +39,15 @@ def test_the_head_agrees_with_the_reference(family: str, tmp_path: Path) -> None
         head = model.mtp
         assert head is not None
         pool = PagePool(model.network, [MTP_LAYER], 1, 80, "f32")
-        state = SequenceState([], mtp_pages=pool.numbers.take())
+        state = SequenceState(pool.numbers.take())
         parts = []
         for part in (slice(0, 66), slice(66, 67), slice(67, 70)):
-            batch = make_batch(model.network, [tokens[part]], [state], is_mtp=True)
+            batch = make_batch(model.network, [tokens[part]], [state])
             parts.append(
                 head(
                     model.embed(tokens[part], F32), hidden[part], batch, pool.layers[MTP_LAYER], F32
                 )
             )
-            state.mtp_length += part.stop - part.start
+            state.commit(part.stop - part.start)
     difference = float((torch.cat(parts) - expected).abs().max())
     assert difference <= TOLERANCE * float(expected.abs().max())

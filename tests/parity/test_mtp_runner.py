@@ -89,8 +89,8 @@ def direct(model: Model, text: list[int], prompt: int, mode: Mode, dtype: str) -
         found.append(model.forward(batch, pages, states, mode))
         held.commit(len(part))
     hidden = torch.cat(found)
-    head = SequenceState([], mtp_pages=[0])
-    batch = make_batch(model.network, [text], [head], is_mtp=True)
+    head = SequenceState([0])
+    batch = make_batch(model.network, [text], [head])
     before = torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]])
     normed = model.mtp_forward(batch, before, pages, mode)
     layer, size = pages.layers[MTP_LAYER], len(text) + MOST
@@ -99,8 +99,8 @@ def direct(model: Model, text: list[int], prompt: int, mode: Mode, dtype: str) -
     for p in range(len(text) - 1, prompt - 1, -1):
         row, chain = normed[p : p + 1], [model.draft_logits(normed[p : p + 1], mode)]
         for j in range(1, MOST):
-            head.mtp_length = p + j
-            batch = make_batch(model.network, [[int(chain[-1].argmax())]], [head], is_mtp=True)
+            head.length = p + j
+            batch = make_batch(model.network, [[int(chain[-1].argmax())]], [head])
             row = model.mtp_forward(batch, row, pages, mode)
             chain.append(model.draft_logits(row, mode))
         drafts.append([int(row.argmax()) for row in chain])

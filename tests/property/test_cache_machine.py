@@ -16,7 +16,6 @@ from functools import cache
 from typing import Any, Literal
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -37,6 +36,7 @@ from test_engine_machine import (
 )
 
 from fake_runner import VOCAB, FakeRunner
+from machine_sizes import long, quick
 from nybble.engine.drafter import Drafter, MtpDrafter, NgramDrafter
 from nybble.engine.engine import Engine, EngineOptions
 from nybble.engine.prefix import PrefixCache
@@ -427,20 +427,10 @@ def test_a_page_of_other_bits_takes_with_it_what_follows() -> None:
     assert engine.stats.cache_hits >= 128
 
 
-QUICK: Any = settings(
-    max_examples=200,
-    stateful_step_count=10,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-
-CacheMachine.TestCase.settings = QUICK
+CacheMachine.TestCase.settings = quick(200, 10)
 TestCache = CacheMachine.TestCase
 
 
 @pytest.mark.slow
 def test_a_cache_for_long() -> None:
-    run_state_machine_as_test(
-        CacheMachine, settings=settings(QUICK, max_examples=4_000, stateful_step_count=25)
-    )
+    run_state_machine_as_test(CacheMachine, settings=long(4_000, 25))

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fake_runner import END, VOCAB, FakeRunner, letters
+from machine_sizes import long, quick
 from nybble.engine.engine import Engine, EngineOptions
 from nybble.engine.request import (
     MOST_CHOICES,
@@ -367,15 +366,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert {finish for finish, _ in heard.ends.values()} & {"error"}
 
 
-QUICK: Any = settings(
-    max_examples=200,
-    stateful_step_count=8,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-
-EngineMachine.TestCase.settings = QUICK
+EngineMachine.TestCase.settings = quick(200, 8)
 TestEngine = EngineMachine.TestCase
 
 
@@ -383,6 +374,4 @@ TestEngine = EngineMachine.TestCase
 def test_an_engine_for_long() -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
-    run_state_machine_as_test(
-        EngineMachine, settings=settings(QUICK, max_examples=1000, stateful_step_count=25)
-    )
+    run_state_machine_as_test(EngineMachine, settings=long(1000, 25))

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from machine_sizes import long, quick
 from nybble.engine.prefix import Hit, Lease, PrefixCache
 from nybble.errors import OutOfPages
 from nybble.models.numbers import Numbers
@@ -442,23 +441,12 @@ def common(tokens: tuple[int, ...], salt: bytes, key: Key) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(tokens), len(key[1])))
 
 
-QUICK: Any = settings(
-    max_examples=300,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
-
-
 class TestPrefixCache(PrefixMachine.TestCase):  # type: ignore[misc, valid-type]
-    settings = QUICK
+    settings = quick(300, 30)
 
 
 @pytest.mark.slow
 def test_a_long_life() -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
-    run_state_machine_as_test(
-        PrefixMachine, settings=settings(QUICK, max_examples=2_000, stateful_step_count=50)
-    )
+    run_state_machine_as_test(PrefixMachine, settings=long(2_000, 50))

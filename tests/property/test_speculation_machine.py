@@ -11,10 +11,8 @@ import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -27,6 +25,7 @@ from hypothesis.stateful import (
 import tiny
 from conversations import CARRIED, PARAMS, ROOMY, TIGHT, Setting, Talker, dialogues, differences
 from fake_runner import letters
+from machine_sizes import long, quick
 from nybble.engine.request import Request
 from nybble.kernels import dispatch
 
@@ -169,20 +168,10 @@ class SpeculationMachine(RuleBasedStateMachine):
         engine.check()
 
 
-QUICK: Any = settings(
-    max_examples=16,
-    stateful_step_count=12,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-
-SpeculationMachine.TestCase.settings = QUICK
+SpeculationMachine.TestCase.settings = quick(16, 12)
 TestSpeculation = SpeculationMachine.TestCase
 
 
 @pytest.mark.slow
 def test_real_models_for_long() -> None:
-    run_state_machine_as_test(
-        SpeculationMachine, settings=settings(QUICK, max_examples=150, stateful_step_count=30)
-    )
+    run_state_machine_as_test(SpeculationMachine, settings=long(150, 30))

@@ -41,7 +41,7 @@ class Remembering:
 
     def _offer_pages(self, share: Share) -> None:
         """Pages that are full now. Where there are recurrent states, those of generated tokens are
-        not what chunks would make; nor is what follows one that is not."""
+        not what chunks would make."""
         sequence, size = share.sequence, self._page_tokens
         lease, state, prompt = sequence.lease, sequence.state, len(sequence.request.prompt)
         assert lease is not None
@@ -49,12 +49,11 @@ class Remembering:
             if not lease.is_open:
                 return
             end = (number + 1) * size
-            is_exact = sequence.is_exact and (end <= prompt or not self.cache.has_states)
             state.pages[number] = self.cache.extend(
                 lease,
                 sequence.tokens(end - size, end),
                 state.pages[number],
-                is_exact=is_exact,
+                is_exact=(end <= prompt or not self.cache.has_states),
                 has_mtp=state.mtp_length >= end,
             )
             if state.mtp_length >= 0 and not lease.has_mtp:  # what others made lacks entries

@@ -204,7 +204,6 @@ class Scheduler:
                 self._admit(sequence)
                 sequence.state.commit(leader.state.length)
                 sequence.state.mtp_length = leader.state.mtp_length
-                sequence.is_exact = leader.is_exact
                 sequence.cached, sequence.is_new = leader.cached, False
                 forked.append(sequence)
             else:
@@ -263,7 +262,7 @@ class Scheduler:
         if hit is not None:
             state.pages, state.length = list(hit.pages), hit.length
             state.mtp_length = hit.length if hit.has_mtp or not hit.length else -1
-            sequence.source, sequence.is_exact = hit.slot, hit.is_exact
+            sequence.source = hit.slot
         if hit is not None and is_first:
             sequence.cached = hit.length
             sequence.missed = "" if hit.reason == "hit" else hit.explain()
@@ -324,7 +323,7 @@ class Scheduler:
             self.pages.give_back(sequence.state.pages)
         self.slots.give_back(sequence.state.slots)
         sequence.state, sequence.lease, sequence.source = nothing_held(), None, None
-        sequence.is_exact, sequence.planned = True, []
+        sequence.planned = []
 
     def drop(self, share: Share) -> None:
         """A share was not computed: no state of it goes to the cache."""

@@ -60,8 +60,7 @@ class Sequence:
 
     `boundaries` are the positions where turns of the prompt end. Of its pages, the cache shares
     those of `lease`; `source` is the snapshot from which its next step begins, None for its own
-    slot; `is_exact` unless something of its state was made by the recurrent kernels and is not
-    what chunks would have made; `cached` tokens came from the cache, `missed` says why not more.
+    slot; `cached` tokens came from the cache, `missed` says why not more.
     States after `planned` lengths of its prompt go to the cache, those worth most first.
     `is_drafting`: whether tokens are to be guessed for it, None while nobody has said. `is_new`
     until the first step since it runs; `is_ended` once its last token was told.
@@ -86,7 +85,6 @@ class Sequence:
     boundaries: tuple[int, ...] = ()
     lease: Lease | None = None
     source: int | None = None
-    is_exact: bool = True
     cached: int = 0
     missed: str = ""
     planned: list[int] = field(default_factory=list)

@@ -138,16 +138,15 @@ def make_batch(
     states: Sequence[SequenceState],
     *,
     is_decode: bool = False,
-    is_mtp: bool = False,
     positions: Tensor | None = None,
 ) -> Batch:
     """The next tokens of each sequence, at the positions that follow what its state holds.
 
     The state after the last token of each goes where it was read. `positions` int64 [3, T] override
-    them, for prompts with images. `is_mtp`: pages and lengths of the MTP head. Raises
-    ContextTooLong, and EngineError for tokens outside the vocabulary.
+    them, for prompts with images. Raises ContextTooLong, and EngineError for tokens outside the
+    vocabulary.
     """
-    lengths = [s.mtp_length if is_mtp else s.length for s in states]
+    lengths = [s.length for s in states]
     for new, length in zip(tokens, lengths, strict=True):
         if length + len(new) > network.context:
             raise ContextTooLong(
@@ -168,7 +167,7 @@ def make_batch(
                 for s, new, n in zip(states, tokens, lengths, strict=True)
             ]
         )
-    pages = [s.mtp_pages if is_mtp else s.pages for s in states]
+    pages = [s.pages for s in states]
     table = torch.full((len(states), max(map(len, pages), default=0) or 1), -1, dtype=torch.int32)
     for row, numbers in zip(table, pages, strict=True):
         row[: len(numbers)] = torch.tensor(numbers, dtype=torch.int32)

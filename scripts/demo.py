@@ -580,6 +580,7 @@ nybble eval OUT --reference MODEL             KL divergence, top-1 agreement, pe
 nybble generate OUT "prompt"                  let it speak; nybble chat OUT talks with you
 nybble inspect OUT                            what a checkpoint declares, and what it holds
 nybble diff MODEL OUT                         what differs between two checkpoints
+nybble bench engine OUT --multi-turn          what prefix cache and guessed tokens spare
 python {short(ROOT / "examples" / "decode.py")} OUT --source MODEL
 
 The checkpoints of this demo are in {short(out)}. One of them behind an OpenAI endpoint:

@@ -191,7 +191,7 @@ def test_all_is_on_by_default_and_said(caplog: pytest.LogCaptureFixture) -> None
     ("options", "said"),
     [
         ({"prefix_cache": False, "draft": "off"}, "prefix cache: off; drafting: off"),
-        ({"snapshot_memory": 0.0}, "no snapshots of recurrent states fit, so nothing is found"),
+        ({"snapshot_memory": 0.0}, "no snapshots of recurrent states, so nothing is found"),
         ({"exact": True, "draft_tokens": 1}, "MiB, exact; drafting: mtp, up to 1 token"),
         ({"draft": "ngram"}, "drafting: ngram, up to 3 tokens"),
     ],

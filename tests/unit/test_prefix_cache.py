@@ -134,7 +134,7 @@ def test_every_reason_is_told() -> None:
     told.append(cache.find(parted(prompt, 700), SALT, 1_099))
     told.append(cache.find(parted(prompt, 5), SALT, 1_099))
     assert [(hit.reason, hit.length, hit.explain()) for hit in told] == [
-        ("empty", 0, "nothing is cached under this key"),
+        ("empty", 0, "nothing is cached under this key and salt"),
         ("short", 0, "64 tokens end before the first place where a hit may end"),
         ("hit", 1_088, "cached up to token 1,088; nearest snapshot 1,088"),
         ("no-snapshot", 512, "parts at token 700; nearest snapshot 512"),

@@ -174,7 +174,7 @@ class Opened:
         if not memory.has_states:
             return f"pages alone, no recurrent states{exact}"
         if not memory.snapshots:
-            return f"no snapshots of recurrent states fit, so nothing is found{exact}"
+            return f"no snapshots of recurrent states, so nothing is found{exact}"
         return f"{memory.snapshots} snapshots of {memory.slot_bytes / 2**20:.1f} MiB{exact}"
 
 

@@ -190,7 +190,8 @@ def _fill(
     page."""
     snapshots = _snapshots(sizes, budget_bytes, drafts, snapshot_bytes)
     left = budget_bytes - snapshots * sizes.slot
-    for fewer in range(drafts, -1, -1):
+    # Without states a draft needs no memory of its own.
+    for fewer in range(drafts, -1, -1) if sizes.has_states else (drafts,):
         sequences, pages = _fit(sizes, left, fewer)
         if pages >= sequences >= min(_FEWEST_DRAFTING, sizes.max_sequences):
             break

@@ -213,7 +213,11 @@ def _gauges(now: EngineStats) -> Iterable[_Figure]:
 
 
 def _counters(now: EngineStats) -> Iterable[_Figure]:
-    yield _plain("vllm:prompt_tokens", "Tokens of prompts computed.", now.prompt_tokens)
+    yield _plain(
+        "vllm:prompt_tokens",
+        "Tokens of prompts, computed or from the prefix cache.",
+        now.prompt_tokens,
+    )
     yield _plain("vllm:generation_tokens", "Tokens generated.", now.generated_tokens)
     yield _plain("vllm:num_preemptions", "Times a sequence had to give its pages.", now.preemptions)
     yield _plain("nybble:recomputed_tokens", "Tokens computed again.", now.recomputed_tokens)

@@ -242,11 +242,23 @@ def test_outputs_stand_alone(leaf: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["mtp.", "model.mtp."])
-def test_mtp_is_claimed_whole_and_never_quantized(prefix: str) -> None:
-    for rest in ("fc.weight", "layers.0.mlp.experts.3.up_proj.weight", "something.new", "embed"):
+def test_mtp_is_claimed_whole_and_its_linears_are_known(prefix: str) -> None:
+    rests = {
+        "fc.weight": True,
+        "layers.0.mlp.experts.3.up_proj.weight": True,
+        "layers.0.self_attn.q_proj.weight": True,
+        "layers.0.mlp.gate.weight": False,
+        "layers.0.mlp.shared_expert_gate.weight": False,
+        "norm.weight": False,
+        "something.new": False,
+        "embed": False,
+    }
+    for rest, is_linear in rests.items():
         found = claimed("qwen3_5_moe", prefix + rest)
-        assert (found.claim.role, found.claim.is_linear) == ("mtp", False)
-        assert (found.layer, found.expert, found.group_key) == (None, None, "")
+        assert (found.claim.role, found.claim.is_linear) == ("mtp", is_linear), rest
+        assert (found.layer, found.expert) == (None, None)
+    found = claimed("qwen3_5_moe", prefix + "layers.0.self_attn.k_proj.weight")
+    assert found.group_key == prefix + "layers.0.self_attn:qkv"
 
 
 @pytest.mark.parametrize("prefix", ["model.visual.", "visual."])
@@ -273,7 +285,7 @@ def test_a_strange_name_is_claimed_by_nobody(name: str) -> None:
 
 
 def test_what_engines_never_quantize_is_no_linear() -> None:
-    kept = {"router", "shared_expert_gate", "norm", "embedding", "mtp", "vision", "bias", "rotary"}
+    kept = {"router", "shared_expert_gate", "norm", "embedding", "vision", "bias", "rotary"}
     for family in FAMILIES.values():
         for claim in family.claims:
             assert not (claim.is_linear and claim.role in kept), claim
@@ -797,9 +809,10 @@ def test_generic_finds_the_linears_that_the_family_knows() -> None:
         is_body = known.claim.is_linear and known.claim.role not in (
             "lm_head",
             "linear_attention_gate",
+            "mtp",
         )
         assert guess.claim.is_linear == is_body, name
-        if known.claim.group not in ("", "ba"):
+        if known.claim.group not in ("", "ba") and known.claim.role != "mtp":
             assert guess.group_key == known.group_key
 
 

@@ -553,7 +553,7 @@ def test_a_rule_behind_one_that_takes_all_of_it_is_an_error(tmp_path: Path) -> N
 
 def test_roles_that_are_no_linears_match_nothing(tmp_path: Path) -> None:
     path = tiny.checkpoint(tmp_path / "m", "qwen3_5_moe", vision=True)
-    for role in ("router", "norm", "embedding", "vision", "mtp", "linear_attention_state"):
+    for role in ("router", "norm", "embedding", "vision", "linear_attention_state"):
         assert "matches no linear" in refused(
             RecipeError, path, f'roles = ["{role}"]\nscheme = "nvfp4-w4a16"'
         )

@@ -17,6 +17,7 @@ SHIPPED = [
     "nvfp4",
     "nvfp4-all",
     "nvfp4-experts-fp8",
+    "nvfp4-mtp",
     "nvfp4-redhat",
     "nvfp4-w4a4",
 ]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from nybble.checkpoint.layout import Leaf, Listing
 from nybble.checkpoint.modelopt import dump
+from nybble.checkpoint.safetensors import TensorSpec
 from nybble.errors import RecipeError
 from nybble.formats.block import FP8, FP8_BLOCK, MXFP4, NVFP4, BlockFormat, Shape
 from nybble.formats.element import F32Array
@@ -24,6 +25,8 @@ from nybble.formats.scheme import SCHEMES, Scheme
 
 VERSION = "0.17.0"  # of the container format; what vLLM 0.33 pins
 
+#: Where the path of an MTP head's module begins, also with a prefix before it.
+_MTP = r".*\bmtp\."
 _FORMATS = {NVFP4: "nvfp4-pack-quantized", MXFP4: "mxfp4-pack-quantized"}
 
 
@@ -68,6 +71,11 @@ class CompressedTensors:
             if scheme.needs_input_scale:
                 leaves.append(Leaf("input_scale", "input_scale", "BF16", (1,)))
         return tuple(leaves)
+
+    def kv_scales(self, attention: str) -> tuple[TensorSpec, TensorSpec]:
+        """On the attention itself, BF16; powers of two are exact."""
+        key, value = (TensorSpec(f"{attention}.{kind}_scale", "BF16", (1,)) for kind in "kv")
+        return key, value
 
     def round_scales(self, scales: F32Array) -> F32Array:
         """FP8 scales are stored as BF16; powers of two stay what they are. What BF16 rounds to zero
@@ -145,10 +153,24 @@ class _Patterns:
         self.by_pattern: dict[str, dict[str, Scheme | None]] = {}
         for module, found in schemes.items():
             self.by_pattern.setdefault(_pattern(module), {})[module] = found
+        self._split_heads()
         self.fixed = _fixed(listing)
         for module in listing.others:
             if not any(re.match(entry[3:], module) for entry in self.fixed):
                 self._keep_out(module)
+
+    def _split_heads(self) -> None:
+        """An MTP head's layers are named like the trunk's: a pattern of its own where they
+        differ."""
+        for pattern, modules in list(self.by_pattern.items()):
+            heads = {m: found for m, found in modules.items() if re.match(_MTP, m)}
+            if not heads or len(heads) == len(modules) or len(set(modules.values())) == 1:
+                continue
+            del self.by_pattern[pattern]
+            rest = {m: found for m, found in modules.items() if m not in heads}
+            body = pattern.removeprefix("re:")
+            self.by_pattern[f"re:{_MTP}{body}"] = heads
+            self.by_pattern[f"re:(?!{_MTP}){body}"] = rest
 
     def _keep_out(self, module: str) -> None:
         """A pattern that would take this module along gives way to exact names."""

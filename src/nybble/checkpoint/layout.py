@@ -89,6 +89,11 @@ class Layout(Protocol):
         """The tensors of a module of this scheme whose weight is [N, K]."""
         ...
 
+    def kv_scales(self, attention: str) -> tuple[TensorSpec, TensorSpec]:
+        """The tensors of an FP8 cache's scales for the attention module of this path: of its keys,
+        of its values. Both multiply what is stored."""
+        ...
+
     def round_scales(self, scales: F32Array) -> F32Array:
         """FP8 scales as this container can store them; codes must be made with these."""
         ...

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.checkpoint.layout import Leaf, Listing
+from nybble.checkpoint.safetensors import TensorSpec
 from nybble.errors import RecipeError
 from nybble.formats.block import Shape
 from nybble.formats.element import F32Array
@@ -66,6 +67,13 @@ class ModelOpt:
         if scheme.needs_input_scale:
             leaves.append(Leaf("input_scale", "input_scale", "F32", ()))
         return tuple(leaves)
+
+    def kv_scales(self, attention: str) -> tuple[TensorSpec, TensorSpec]:
+        """Beside the projections that make them, float32."""
+        key, value = (
+            TensorSpec(f"{attention}.{kind}_proj.{kind}_scale", "F32", ()) for kind in "kv"
+        )
+        return key, value
 
     def round_scales(self, scales: F32Array) -> F32Array:
         """Float32 on disk: as they are."""

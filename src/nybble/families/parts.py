@@ -182,19 +182,21 @@ def gated_delta() -> tuple[Claim, ...]:
 
 
 def mtp(layer: tuple[Claim, ...]) -> tuple[Claim, ...]:
-    """The MTP head, whose layers are made of `layer`; never quantized, claimed whole."""
+    """The MTP head, whose layers are made of `layer`: one role, claimed whole. Its linears may be
+    quantized where a recipe names the role; none of the usual ones does."""
 
-    def member(
-        pattern: str, shape: tuple[str, ...], layout: str = "", needed: str = "mtp"
-    ) -> Claim:
-        return Claim(pattern, "mtp", shape=shape, layout=layout, needed=needed, prefixes=_MTP)
+    def member(claim: Claim, needed: str = "mtp") -> Claim:
+        pattern = f"mtp.{claim.pattern}"
+        return replace(
+            claim, pattern=pattern, role="mtp", layers="all", needed=needed, prefixes=_MTP
+        )
 
     norms = ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")
     return (
-        member("mtp.fc.weight", ("hidden", "hidden_pair")),
-        *(member(f"mtp.{name}.weight", ("hidden",)) for name in norms),
-        *(member(f"mtp.{c.pattern}", c.shape, c.layout) for c in layer if c.needed == "always"),
-        member("mtp.*", (), needed="never"),
+        member(Claim("fc.weight", "mtp", is_linear=True, shape=("hidden", "hidden_pair"))),
+        *(member(Claim(f"{name}.weight", "mtp", shape=("hidden",))) for name in norms),
+        *(member(c) for c in layer if c.needed == "always"),
+        member(Claim("*", "mtp"), needed="never"),
     )
 
 

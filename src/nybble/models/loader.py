@@ -3,12 +3,14 @@
 Any checkpoint that `checkpoint/` reads and whose family is known: BF16, ModelOpt, compressed-
 tensors, experts in stacks or one by one, with either spelling of the language model's prefix.
 Vectors (norms, biases, decays) become float32 tensors of their own; matrices are views of the map.
+Weights in memory may be held in the place of the file's, by module: parts made meanwhile are those
+of the checkpoint that has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -69,6 +71,15 @@ _ACTIVATIONS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A weight [N, K] in memory, and how the input of its module is declared to be quantized."""
+
+    weight: BlockScaledTensor
+    activation: Activation | None = None
+    input_scale: float | None = None
+
+
 class Weights:
     """The weights of one checkpoint by the names that a network's parts have below the prefix."""
 
@@ -82,6 +93,7 @@ class Weights:
             checkpoint.config, self.family, ARCHITECTURES[self.family.model_type]
         )
         self.prefix = self._find_prefix()
+        self._held: dict[str, Held] = {}
         section = checkpoint.config.get("quantization_config")
         if isinstance(section, Mapping) and section.get("transform_config"):
             raise ModelError(
@@ -103,6 +115,15 @@ class Weights:
             f"{self.checkpoint.path}: no token embedding; expected one of "
             f"{', '.join(p + 'embed_tokens.weight' for p in self.family.prefixes)}"
         )
+
+    def hold(self, module: str, held: Held) -> None:
+        """Take this weight for the module's until `release`, in every part that is made meanwhile;
+        its bias stays the file's. The arrays are used where they are."""
+        self._held[module] = held
+
+    def release(self) -> None:
+        """Take the file's weights again."""
+        self._held.clear()
 
     # --------------------------------------------------------------------------- single tensors
 
@@ -151,6 +172,8 @@ class Weights:
 
     def weight(self, name: str, shape: Shape) -> Weight:
         """The weight [N, K] of a module, in the format that its tensors have."""
+        if name in self._held:
+            return self._fitting(name, self._held[name].weight, shape)
         module = self.module(name)
         codes = module.tensor(*CODES)
         if codes is None:
@@ -163,6 +186,9 @@ class Weights:
             weight: Weight = self.checkpoint.array(codes.name)
         else:
             weight = self._packed(module, codes, shape)
+        return self._fitting(name, weight, shape)
+
+    def _fitting(self, name: str, weight: Weight, shape: Shape) -> Weight:
         if tuple(weight.shape) != tuple(shape):
             raise ModelError(
                 f"{self.checkpoint.path}: {name}: expected {list(shape)} from config.json, found "
@@ -203,6 +229,8 @@ class Weights:
 
     def activation(self, name: str) -> Activation | None:
         """How the checkpoint declares the module's input to be quantized."""
+        if name in self._held:
+            return self._held[name].activation
         declared = self.module(name).declared
         if declared is None or declared.activation in ("", "BF16"):
             return None
@@ -218,6 +246,8 @@ class Weights:
 
     def input_scale(self, name: str) -> float | None:
         """The stored scale of the module's input, as a multiplier."""
+        if name in self._held:
+            return self._held[name].input_scale
         found = self._multiplier(self.module(name), *INPUT_SCALES)
         return None if found is None else float(found)
 
@@ -281,7 +311,14 @@ class Weights:
         count = self.network.dims.experts
         names = tuple(tuple(f"{base}.{e}.{part}" for part in parts) for e in range(count))
         stack = f"{base}.{'gate_up_proj' if len(parts) == 2 else parts[0]}"
-        if stack in self.checkpoint.tensors:
+        held = sum(n in self._held for expert in names for n in expert)
+        if held not in (0, count * len(parts)):
+            lacking = next(n for expert in names for n in expert if n not in self._held)
+            raise ModelError(
+                f"{self.checkpoint.path}: {held} of {count * len(parts)} matrices of the experts "
+                f"of {base} are held, {lacking} for one is not; hold all of a projection, or none"
+            )
+        if stack in self.checkpoint.tensors and not held:
             stacked = self.checkpoint.array(stack)
             expected = (count, rows * len(parts), k)
             if stacked.shape != expected:

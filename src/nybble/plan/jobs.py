@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.checkpoint.reader import Checkpoint
-from nybble.checkpoint.safetensors import TensorInfo
+from nybble.checkpoint.safetensors import TensorInfo, TensorSpec
 from nybble.formats.block import Shape
 from nybble.formats.scheme import Scheme
 
@@ -44,6 +44,15 @@ class Job:
     role: str
     scheme: Scheme
     members: tuple[Member, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KvScale:
+    """A scalar that belongs to no weight: the scale of a layer's keys or values in an FP8 cache."""
+
+    layer: int
+    is_key: bool
+    spec: TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

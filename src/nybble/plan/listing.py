@@ -33,7 +33,7 @@ def make_listing(
     for module, role, scheme in modules:
         quantized_roles.add(role)
         container, found, below = module.rpartition(".experts.")
-        if role == "routed_expert" and found:
+        if role in ("routed_expert", "mtp") and found:
             experts.setdefault(f"{container}.experts", []).append(below)
             quantized[f"{container}.experts"] = scheme
         else:
@@ -43,10 +43,11 @@ def make_listing(
     for copy in copies:
         roles.add(copy.role)
         claimed = family.claim(copy.tensor.name)
-        if claimed is None or not _is_linear_module(claimed):
+        is_whole_head = copy.role == "mtp" and "mtp" not in quantized_roles
+        if claimed is None or is_whole_head or not _is_linear_module(claimed):
             if copy.tensor.name.endswith(".weight") and len(copy.tensor.shape) == 2:
                 others.append(copy.tensor.name.removesuffix(".weight"))
-        elif claimed.claim.role == "routed_expert":
+        elif claimed.claim.layout:
             name = claimed.module.partition(".experts")[0] + ".experts"
             if name not in experts:
                 plain_experts.append(name)
@@ -70,4 +71,8 @@ def make_listing(
 
 def _is_linear_module(claimed: Claimed) -> bool:
     """A module that engines build as a linear layer, so that a config must say it stays plain."""
-    return claimed.claim.is_linear or claimed.claim.role in ("router", "shared_expert_gate")
+    claim = claimed.claim
+    is_gate = claim.role in ("router", "shared_expert_gate")
+    if claim.role == "mtp":  # one role for all of the head
+        is_gate = claim.pattern.endswith(("mlp.gate.weight", "mlp.shared_expert_gate.weight"))
+    return claim.is_linear or is_gate

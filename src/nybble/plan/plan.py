@@ -19,7 +19,8 @@ from nybble.errors import ModelError, RecipeError
 from nybble.families import Claimed, Dimensions, Family, find_family, generic_family
 from nybble.formats.block import Shape
 from nybble.formats.scheme import BF16, Scheme
-from nybble.plan.jobs import Copy, Job, Member
+from nybble.plan.jobs import Copy, Job, KvScale, Member
+from nybble.plan.kv_scales import plan_kv_scales
 from nybble.plan.listing import make_listing
 from nybble.plan.recipe import Recipe
 from nybble.plan.refusals import (
@@ -75,6 +76,7 @@ class Plan:
     jobs: tuple[Job, ...]
     copies: tuple[Copy, ...]
     notes: tuple[str, ...]
+    kv_scales: tuple[KvScale, ...] = ()  # measured scales of an FP8 cache, where asked for
     _leaves: dict[tuple[str, Shape], tuple[Leaf, ...]] = field(default_factory=dict, repr=False)
     _sizes: dict[tuple[str, Shape], int] = field(default_factory=dict, repr=False)
 
@@ -115,7 +117,7 @@ class Plan:
                 specs.extend(
                     leaf.spec(member.module) for leaf in self.leaves(job.scheme, member.shape)
                 )
-        return tuple(specs)
+        return (*specs, *(scale.spec for scale in self.kv_scales))
 
     @cached_property
     def needs_data(self) -> bool:
@@ -128,7 +130,8 @@ class Plan:
     @cached_property
     def payload_bytes(self) -> int:
         """Bytes of all tensors of the result, headers not counted."""
-        return sum(row.bytes for row in self.rows)
+        scalars = sum(scale.spec.nbytes for scale in self.kv_scales)
+        return sum(row.bytes for row in self.rows) + scalars
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -164,9 +167,16 @@ class Plan:
 
 @collector_paused()  # a plan is 100,000s of small objects and no cycle
 def make_plan(
-    checkpoint: Checkpoint, recipe: Recipe, layout: Layout, *, generic: bool = False
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layout: Layout,
+    *,
+    generic: bool = False,
+    kv_scales: bool = False,
 ) -> Plan:
     """Decide what happens to every tensor of an unquantized checkpoint.
+
+    With `kv_scales`, every attention layer gets the two scales of an FP8 cache.
 
     Raises ModelError for an unknown model type (unless `generic`), an unclaimed tensor, a shape
     that contradicts the configuration or a missing tensor; RecipeError for a source that is
@@ -180,7 +190,8 @@ def make_plan(
     family = _family(checkpoint, generic=generic)
     dimensions = family.dimensions(checkpoint.config)
     claims = {name: family.claim(name) for name in tensors}
-    notes += check_tensors(checkpoint, family, dimensions, claims)
+    named = {role for rule in recipe.rules for role in rule.roles}
+    notes += check_tensors(checkpoint, family, dimensions, claims, named)
 
     used: set[int] = set()
     drafts: dict[str, Job] = {}
@@ -189,7 +200,8 @@ def make_plan(
     for name, tensor in tensors.items():
         claimed = claims[name]
         assert claimed is not None
-        found = _members(claimed, tensor) if claimed.claim.is_linear else []
+        is_named = claimed.claim.is_linear and claimed.claim.role in named
+        found = _members(claimed, tensor) if is_named else []
         chosen = _schemes(recipe, claimed.claim.role, found, used)
         if claimed.claim.role == "lm_head" and dimensions.tied:
             chosen = [BF16]
@@ -219,14 +231,17 @@ def make_plan(
     if dimensions.tied and any("lm_head" in r.roles and r.scheme.weight for r in recipe.rules):
         notes.append("lm_head is tied to the embedding and stays as it is: the look-up needs it")
     notes += _downgrades(recipe, tensors, claims, layout)
-    if recipe.kv_cache and not layout.declares_kv_cache:
+    scalars = plan_kv_scales(recipe, layout, claims) if kv_scales else ()
+    if recipe.kv_cache and not layout.declares_kv_cache and not scalars:
         notes.append(
             f"the {recipe.kv_cache} KV cache of the recipe is not declared: readers of "
             f"{layout.name} expect measured scales beside it. Ask the engine for it "
             "(vLLM: --kv-cache-dtype fp8)"
         )
     jobs = tuple(Job(g, d.role, d.scheme, tuple(members[g])) for g, d in drafts.items())
-    return Plan(checkpoint, family, dimensions, recipe, layout, jobs, tuple(copies), tuple(notes))
+    return Plan(
+        checkpoint, family, dimensions, recipe, layout, jobs, tuple(copies), tuple(notes), scalars
+    )
 
 
 def _family(checkpoint: Checkpoint, *, generic: bool) -> Family:
@@ -399,5 +414,10 @@ def _add(
 def _listing(plan: Plan, version: str) -> Listing:
     modules = ((m.module, job.role, job.scheme) for job in plan.jobs for m in job.members)
     return make_listing(
-        modules, plan.copies, plan.family, kv_cache=plan.recipe.kv_cache, version=version
+        modules,
+        plan.copies,
+        plan.family,
+        kv_cache=plan.recipe.kv_cache,
+        version=version,
+        has_kv_scales=bool(plan.kv_scales),
     )

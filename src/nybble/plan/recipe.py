@@ -121,7 +121,12 @@ def parse_recipe(name: str, text: str) -> Recipe:
     _refuse_unknown(f"recipe {name}", document, _KEYS)
     kv_cache = document.get("kv_cache", "")
     if kv_cache not in ("", "fp8"):
-        raise RecipeError(f'recipe {name}: kv_cache must be "fp8" or absent, found {kv_cache!r}')
+        why = ""
+        if isinstance(kv_cache, str) and kv_cache.startswith("nvfp4"):
+            why = "; four-bit caches are not made: engines disagree about their scales"
+        raise RecipeError(
+            f'recipe {name}: kv_cache must be "fp8" or absent, found {kv_cache!r}{why}'
+        )
     title = document.get("title", "")
     if not isinstance(title, str):
         raise RecipeError(f"recipe {name}: title must be text, found {title!r}")

@@ -7,7 +7,7 @@ business of `plan.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from nybble.checkpoint.reader import Checkpoint
 from nybble.checkpoint.safetensors import TensorInfo
@@ -50,9 +50,10 @@ def check_tensors(
     family: Family,
     dimensions: Dimensions,
     claims: Mapping[str, Claimed | None],
+    named: Collection[str],
 ) -> list[str]:
     """Raise for unclaimed, contradicting and missing tensors; return notes on an MTP head or a
-    tower that is absent."""
+    tower that is absent. `named` are the roles that the recipe speaks of."""
     unclaimed = [name for name, claimed in claims.items() if claimed is None]
     if unclaimed:
         more = _more(unclaimed)
@@ -63,7 +64,8 @@ def check_tensors(
             "alone"
         )
     # What is copied anyway may contradict the configuration: it is said, and stays as it is.
-    copied = {n for n, c in claims.items() if c is not None and c.claim.role in ("mtp", "vision")}
+    sides = {"mtp", "vision"} - set(named)
+    copied = {n for n, c in claims.items() if c is not None and c.claim.role in sides}
     shapes = {name: t.shape for name, t in checkpoint.tensors.items()}
     trunk_shapes = {name: shape for name, shape in shapes.items() if name not in copied}
     if problems := family.contradictions(trunk_shapes, dimensions):
@@ -169,10 +171,12 @@ def refuse_mixed_experts(
     files say one thing of them."""
     seen: dict[str, tuple[str, Scheme]] = {}
     experts = [
-        (members[g][0].module, j.scheme) for g, j in jobs.items() if j.role == "routed_expert"
+        (members[g][0].module, j.scheme)
+        for g, j in jobs.items()
+        if (c := claims[members[g][0].source]) and c.claim.layout
     ]
-    plain = [claims[c.tensor.name] for c in copies if c.role == "routed_expert"]
-    for module, scheme in (*experts, *((c.module, BF16) for c in plain if c)):
+    plain = [c for copy in copies if (c := claims[copy.tensor.name]) and c.claim.layout]
+    for module, scheme in (*experts, *((c.module, BF16) for c in plain)):
         container = module.partition(".experts")[0]
         first, its_scheme = seen.setdefault(container, (module, scheme))
         if scheme is not its_scheme:

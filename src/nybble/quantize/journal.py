@@ -9,13 +9,16 @@ tensors nor what a unit is; only that it is a string.
 from __future__ import annotations
 
 import json
+import logging
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from nybble.checkpoint.disk import Disk
 from nybble.errors import CheckpointError
+
+log = logging.getLogger("nybble")
 
 SCHEMA = "nybble.journal/1"
 _LIMIT = 1 << 30  # bytes read back; a unit takes some 60, a run has 100,000 at most
@@ -55,18 +58,32 @@ class Journal:
         return cls(path, fd, len(line), set(), disk)
 
     @classmethod
-    def resume(cls, path: Path, header: Mapping[str, object], *, disk: Disk) -> Journal:
+    def resume(
+        cls,
+        path: Path,
+        header: Mapping[str, object],
+        *,
+        disk: Disk,
+        machine: str = "",
+        allow_mixed: bool = False,
+    ) -> Journal:
         """Open the journal of an interrupted run; a torn last line is cut off.
 
-        Raises CheckpointError if `header` is not the one that the run began with, naming the
-        fields, if the journal is damaged, or if another process is writing it.
+        Fields whose dotted name begins with `machine` may differ where `allow_mixed`. Raises
+        CheckpointError if `header` is not the one that the run began with, naming the fields, if
+        the journal is damaged, or if another process is writing it.
         """
         fd = disk.open_existing(path)
         try:
             disk.lock(fd)
             data = disk.read(path, _LIMIT)
             records, end = _parse(data, path)
-            _check_header(records[0], _with_schema(header), path)
+            mixed = _differing(records[0], _with_schema(header))
+            of_machine = [d for d in mixed if machine and d.startswith(machine)]
+            if not allow_mixed or len(of_machine) < len(mixed):
+                _refuse_differing(mixed, path, is_machine=len(of_machine) == len(mixed))
+            elif mixed:
+                log.warning("%s: continued although %s", path, "; ".join(mixed))
             if end < len(data):
                 disk.truncate(fd, end)
                 disk.sync(fd)
@@ -168,19 +185,30 @@ def _units(record: dict[str, object], path: Path) -> list[str]:
     return units
 
 
-def _check_header(then: dict[str, object], now: dict[str, object], path: Path) -> None:
+def _differing(then: dict[str, object], now: dict[str, object]) -> list[str]:
+    """The fields that differ, each with both values."""
     before, after = dict(_flatten(then)), dict(_flatten(now))
-    keys = [k for k in {**before, **after} if before.get(k) != after.get(k)]
-    if keys:
-        shown = "; ".join(
-            f"{k}: {before.get(k, 'absent')} then, {after.get(k, 'absent')} now"
-            for k in keys[:_SHOWN]
-        )
-        shown += f" (and {len(keys) - _SHOWN} more)" if len(keys) > _SHOWN else ""
-        raise CheckpointError(
-            f"{path}: the interrupted run differs from this one in {shown}; "
-            f"run with the same source and options, or remove {path.parent} and start again"
-        )
+    return [
+        f"{k}: {before.get(k, 'absent')} then, {after.get(k, 'absent')} now"
+        for k in {**before, **after}
+        if before.get(k) != after.get(k)
+    ]
+
+
+def _refuse_differing(fields: Sequence[str], path: Path, *, is_machine: bool) -> None:
+    if not fields:
+        return
+    shown = "; ".join(fields[:_SHOWN])
+    shown += f" (and {len(fields) - _SHOWN} more)" if len(fields) > _SHOWN else ""
+    otherwise = (
+        "; with --allow-mixed it goes on here, with bytes that neither machine alone would make"
+        if is_machine
+        else ""
+    )
+    raise CheckpointError(
+        f"{path}: the interrupted run differs from this one in {shown}; "
+        f"run with the same source and options, or remove {path.parent} and start again{otherwise}"
+    )
 
 
 def _flatten(record: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, str]]:

@@ -2,7 +2,8 @@
 
 Sources are mapped, results go through a few tile buffers (tiles.py), and a background thread writes
 one while the next is filled. Every value is checked before it is quantized (scales.py), every
-measured scale before anything is written (input_scales.py).
+measured scale before anything is written (input_scales.py). A `Rounder` may give finished tensors
+in the place of the search (rounder.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,15 @@ from nybble.errors import CheckpointError, DoesNotFit
 from nybble.formats import search as definition
 from nybble.formats.element import F32Array, U8Array
 from nybble.formats.search import Search
+from nybble.formats.tensor import BlockScaledTensor
 from nybble.plan.jobs import Copy, Job
 from nybble.plan.plan import Plan
 from nybble.progress import Progress
 from nybble.quantize.input_scales import KEY, InputScales, check_input_scales
 from nybble.quantize.journal import Journal
+from nybble.quantize.kv_scales import KEY as KV_KEY
+from nybble.quantize.kv_scales import kv_record, kv_scale_tensors
+from nybble.quantize.rounder import MACHINE, Rounder, Unit, units
 from nybble.quantize.scales import job_scales
 from nybble.quantize.tiles import TILE_BYTES, Buffers, Piece, batches, fill, tiles
 
@@ -42,47 +46,21 @@ from nybble.quantize.tiles import TILE_BYTES, Buffers, Piece, batches, fill, til
 COMMIT_BYTES = 512 << 20
 #: Writes that may wait for the background thread; tiles are bounded by their buffers anyway.
 QUEUE = 8
+_ROUNDER = "rounder"  # the journal's word for what a rounder says of itself
+_MACHINE = f"{_ROUNDER}.{MACHINE}."
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """How a plan is executed. None of these but `search` and `shard_bytes` changes a byte of the
-    result."""
+    result; a rounder's sums may depend on `threads`, so its run is continued with another number,
+    or on another machine, only where `allow_mixed`."""
 
     search: Search = "mse"
     shard_bytes: int = SHARD_BYTES
     threads: int = 1
     resume: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """What the journal records as one: a copied tensor, or the jobs that share source tensors."""
-
-    name: str
-    copy: Copy | None
-    jobs: tuple[Job, ...]
-
-
-def units(plan: Plan) -> list[Unit]:
-    """The work in the order of the source: copies, fused groups, whole stacks."""
-    found: dict[str, Unit] = {}
-    first_seen: dict[str, int] = {name: i for i, name in enumerate(plan.checkpoint.tensors)}
-    for copy in plan.copies:
-        found[copy.tensor.name] = Unit(copy.tensor.name, copy, ())
-    for name, jobs in groupby(plan.jobs, key=_unit_name):
-        found[name] = Unit(name, None, tuple(jobs))
-    place = {
-        u.name: first_seen[u.copy.tensor.name if u.copy else u.jobs[0].members[0].source]
-        for u in found.values()
-    }
-    return sorted(found.values(), key=lambda u: place[u.name])
-
-
-def _unit_name(job: Job) -> str:
-    """The experts of one stack are one unit; a fused group is one by itself."""
-    first = job.members[0]
-    return job.name if first.expert is None else first.source
+    allow_mixed: bool = False
 
 
 def execute(
@@ -94,40 +72,51 @@ def execute(
     progress: Progress,
     input_scales: InputScales | None = None,
     disk: Disk | None = None,
+    rounder: Rounder | None = None,
+    kv_scales: Mapping[int, tuple[float, float]] | None = None,
 ) -> None:
     """Write the checkpoint that the plan describes to `out`.
 
-    `input_scales` are the measured scales of a plan that `needs_data`. Raises RecipeError if they
-    are not what it needs; FormatError for NaN or infinities, naming tensor and index;
-    CheckpointError and DoesNotFit from the writer. What an interruption leaves in OUT.partial is
-    continued with `options.resume` and the same scales (`stored_input_scales`), and ends with the
-    same bytes.
+    `input_scales` are the measured scales of a plan that `needs_data`, `kv_scales` those of keys
+    and values by layer where the plan has tensors for them; `rounder` chooses codes where the
+    data-free search would. Raises RecipeError if the scales are not what is needed; FormatError for
+    NaN or infinities, naming tensor and index; CheckpointError and DoesNotFit from the writer. What
+    an interruption leaves in OUT.partial is continued with `options.resume` and the same scales
+    (`stored_input_scales`, `stored_kv_scales`), and ends with the same bytes.
     """
     disk = disk or Disk()
     _check_start(plan, options)
     layout = layout_shards(plan.outputs, options.shard_bytes)
     work = units(plan)
-    header = journal_header(plan, options, version, input_scales)
+    header = journal_header(plan, options, version, input_scales, rounder, kv_scales)
     path = partial_folder(out) / JOURNAL
     journal = None
     if options.resume and disk.size(path) is not None:
-        journal = Journal.resume(path, header, disk=disk)
+        journal = Journal.resume(
+            path, header, disk=disk, machine=_MACHINE, allow_mixed=options.allow_mixed
+        )
     try:
         # After the journal's own refusal: scales of another recipe are not this run's fault.
         scales = check_input_scales(plan, input_scales)
+        kv_tensors = kv_scale_tensors(plan, kv_scales)
         done = journal.done if journal else set()
         written = [name for unit in work if unit.name in done for name in _names(plan, unit)]
         with CheckpointWriter(
             out, layout, disk=disk, resume=options.resume, done=written
         ) as writer:
             journal = journal or Journal.create(path, header, disk=disk)
-            with Run(plan, options, writer, journal, progress, scales) as run:
-                run.all([unit for unit in work if unit.name not in done])
+            left = [unit for unit in work if unit.name not in done]
+            with Run(plan, options, writer, journal, progress, scales, rounder) as run:
+                run.all(left if rounder is None else rounder.order(left))
+            for name, value in kv_tensors.items():  # no unit: written anew by each resumed run
+                writer.write(name, value.reshape(-1).view(np.uint8))
             journal.close()
-            _finish(plan, writer, version)
+            _finish(plan, writer, version, rounder)
     finally:
         if journal is not None:
             journal.close()
+    if rounder is not None:
+        rounder.close()
 
 
 def refuse_start(plan: Plan, out: Path, options: Options, *, disk: Disk | None = None) -> None:
@@ -167,11 +156,19 @@ def _check_start(plan: Plan, options: Options) -> None:
 
 
 def journal_header(
-    plan: Plan, options: Options, version: str, input_scales: InputScales | None = None
+    plan: Plan,
+    options: Options,
+    version: str,
+    input_scales: InputScales | None = None,
+    rounder: Rounder | None = None,
+    kv_scales: Mapping[int, tuple[float, float]] | None = None,
 ) -> dict[str, object]:
     """What must be equal for a run to be continued: the source by headers, sizes and times, the
-    plan, the options, the measured scales."""
-    measured = {} if input_scales is None else {KEY: input_scales.record()}
+    plan, the options, what chooses the codes, the measured scales."""
+    chosen = {} if rounder is None else {_ROUNDER: dict(rounder.record())}
+    measured: dict[str, object] = {} if input_scales is None else {KEY: input_scales.record()}
+    if kv_scales:
+        measured[KV_KEY] = kv_record(kv_scales)
     return {
         "version": version,
         "source": plan.checkpoint.fingerprint(),
@@ -180,6 +177,7 @@ def journal_header(
         "layout": plan.layout.name,
         "search": options.search,
         "shard_bytes": options.shard_bytes,
+        **chosen,
         **measured,
     }
 
@@ -195,9 +193,11 @@ def _names(plan: Plan, unit: Unit) -> list[str]:
     ]
 
 
-def _finish(plan: Plan, writer: CheckpointWriter, version: str) -> None:
+def _finish(plan: Plan, writer: CheckpointWriter, version: str, rounder: Rounder | None) -> None:
     checkpoint = plan.checkpoint
     documents = plan.layout.documents(checkpoint.config, plan.listing(version))
+    if rounder is not None:
+        documents.update(rounder.documents())
     side = [
         (checkpoint.path / name, name) for name in checkpoint.side_files() if name not in documents
     ]
@@ -215,7 +215,9 @@ class Run:
         journal: Journal,
         progress: Progress,
         input_scales: Mapping[str, float],
+        rounder: Rounder | None = None,
     ) -> None:
+        self.rounder = rounder
         self.plan, self.options, self.writer, self.journal = plan, options, writer, journal
         self.progress, self.input_scales = progress, input_scales
         self.checkpoint: Checkpoint = plan.checkpoint
@@ -233,12 +235,19 @@ class Run:
 
     def all(self, work: Sequence[Unit]) -> None:
         """Do every unit and commit."""
-        self.progress.stage("quantize", sum(self._source_bytes(unit) for unit in work))
+        counted = [u for u in work if self.rounder is None or u.copy]  # else it counts itself
+        title = "quantize" if self.rounder is None else "copy"
+        self.progress.stage(title, sum(self._source_bytes(unit) for unit in counted))
         for unit in work:
+            given = None
+            if self.rounder is not None and unit.copy is None:
+                given = self.rounder.take(unit, self.commit)
             if unit.copy:
                 self._copy(unit.copy)
+            elif given is not None:
+                self._give(unit.jobs, given)
             else:
-                self._quantize(unit.jobs)
+                self._quantize(unit.jobs, self.progress if self.rounder is None else Progress())
             self.uncommitted.append(unit.name)
             self.uncommitted_bytes += self._source_bytes(unit)
             if self.uncommitted_bytes >= COMMIT_BYTES:
@@ -268,7 +277,27 @@ class Run:
             self._drain(0)
             self.checkpoint.drop_pages(name)
 
-    def _quantize(self, jobs: Sequence[Job]) -> None:
+    def _give(self, jobs: Sequence[Job], given: Mapping[str, BlockScaledTensor]) -> None:
+        """Write tensors that are finished."""
+        for job in jobs:
+            for m in job.members:
+                tensor = given[m.module]
+                for leaf in self.plan.leaves(job.scheme, m.shape):
+                    if leaf.part in ("codes", "scale"):
+                        data = tensor.codes if leaf.part == "codes" else tensor.scale
+                        assert data.nbytes == leaf.nbytes, f"{m.module}.{leaf.suffix}"
+                        part = np.ascontiguousarray(data)
+                        self._write(partial(self.writer.write, f"{m.module}.{leaf.suffix}", part))
+        # The scale of FP8 is what NVFP4's tensor scale is: the last that is multiplied with.
+        scales: dict[str, F32Array] = {
+            module: np.asarray(t.scale if t.tensor_scale is None else t.tensor_scale, np.float32)
+            for module, t in given.items()
+        }
+        self._scalars(jobs, scales)
+        for name in _sources(jobs):
+            self.checkpoint.drop_pages(name)
+
+    def _quantize(self, jobs: Sequence[Job], progress: Progress) -> None:
         for name in _sources(jobs):
             self.checkpoint.will_need(name)
         search, threads = self.options.search, self.options.threads
@@ -278,7 +307,7 @@ class Run:
             for tile in tiles(self.plan, batch, matrices):
                 self._tile(tile, scales)
                 done = sum(p.matrix.nbytes for p in tile)
-                self.progress.advance(done, tile[-1].member.module)
+                progress.advance(done, tile[-1].member.module)
             self._scalars(batch, scales)
         for name in _sources(jobs):
             self.checkpoint.drop_pages(name)

@@ -7,7 +7,7 @@ it is done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from nybble.errors import DoesNotFit
@@ -53,11 +53,13 @@ def plan_stream(
     batch_tokens: int = BATCH_TOKENS,
     spills: bool = False,
     limit_bytes: int | None = None,
+    breaks: Collection[int] = (),
 ) -> StreamPlan:
-    """The plan for windows of these lengths. Where `limit_bytes` is given, batches become smaller
-    until it is kept. Raises DoesNotFit, with what would, if one window alone is too much."""
+    """The plan for windows of these lengths; those numbered in `breaks` begin a batch. Where
+    `limit_bytes` is given, batches become smaller until it is kept. Raises DoesNotFit, with what
+    would, if one window alone is too much."""
     while True:
-        plan = _plan(network, lengths, batch_tokens, spills)
+        plan = _plan(network, lengths, batch_tokens, spills, breaks)
         if limit_bytes is None or plan.private_bytes <= limit_bytes:
             return plan
         if batch_tokens <= max(lengths):
@@ -70,11 +72,17 @@ def plan_stream(
         batch_tokens //= 2
 
 
-def _plan(network: Network, lengths: Sequence[int], batch_tokens: int, spills: bool) -> StreamPlan:
+def _plan(
+    network: Network,
+    lengths: Sequence[int],
+    batch_tokens: int,
+    spills: bool,
+    breaks: Collection[int],
+) -> StreamPlan:
     batches: list[list[int]] = []
     filled = batch_tokens + 1
     for i, length in enumerate(lengths):
-        if filled + length > batch_tokens and filled:
+        if (filled + length > batch_tokens and filled) or i in breaks:
             batches.append([])
             filled = 0
         batches[-1].append(i)

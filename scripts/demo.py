@@ -53,6 +53,7 @@ CARRIED = ROOT / "models" / "hybrid-chat-mtp"
 MARK = ".nybble-demo"  # only a folder with this file is replaced
 WIDTH = 100
 SEARCHES: tuple[Search, ...] = ("absmax", "four-six", "mse")
+CALIBRATED = "nvfp4-all, calibrated"
 #: 16 windows of 512 tokens of wikitext-2: enough to tell the searches apart, pairwise.
 PROTOCOL = Protocol(limit=16)
 PROMPTS = {
@@ -161,12 +162,12 @@ class Run:
         return self.report.splitlines()[-1]
 
 
-def run(source: Path, out: Path, recipe: str, search: Search) -> Run:
+def run(source: Path, out: Path, recipe: str, search: Search, calibrate: str | None = None) -> Run:
     """Quantize, then decode with the other program. Raises CheckFailed if they disagree."""
     decode = import_module("decode")
     with waiting(f"{out.name} of {source.name}"):
         with PrivateMemory() as memory:
-            result = quantize(source, out, recipe, search=search)
+            result = quantize(source, out, recipe, search=search, calibrate=calibrate)
         report = decode.compare(out, source)
     shown = io.StringIO()
     with redirect_stdout(shown):
@@ -191,10 +192,15 @@ def show_model(source: Path, out: Path) -> None:
         folder = out / (f"nvfp4-all-{search}" if search != "mse" else "nvfp4-all")
         found[search] = run(source, folder, "nvfp4-all", search)
     mixed = run(source, out / "nvfp4", "nvfp4", "mse")
+    shown = {f"nvfp4-all, {search}": made for search, made in found.items()}
+    if source == CARRIED:
+        folder = out / "nvfp4-all-calibrated"
+        shown[CALIBRATED] = run(source, folder, "nvfp4-all", "mse", calibrate="default")
+    shown["nvfp4"] = mixed
     show_sizes(mixed.result, found["mse"].result)
     show_errors(found)
     show_verdicts(mixed, found["mse"])
-    show_divergence(source, out, found, mixed)
+    show_divergence(source, out, shown)
     for search in SEARCHES[:2]:
         shutil.rmtree(found[search].result.out)
     show_check(source, found["mse"].result.out, out)
@@ -315,13 +321,13 @@ def show_verdicts(mixed: Run, everything: Run) -> None:
 # --- what it does to the model
 
 
-def show_divergence(source: Path, out: Path, found: dict[Search, Run], mixed: Run) -> None:
+def show_divergence(source: Path, out: Path, shown: dict[str, Run]) -> None:
     """KL to BF16 and top-1 agreement with intervals, from a reference pack made once."""
     with waiting(f"reference pack of {source.name}"):
         pack = reference(source, out / "reference-pack", PROTOCOL)
     c = pack.conditions
     judged: dict[str, EvalResult] = {}
-    for name, made in {**found, "nvfp4": mixed}.items():
+    for name, made in shown.items():
         with waiting(f"divergence of {made.result.out.name}"):
             judged[name] = evaluate(made.result.out, pack.out)
     say(
@@ -331,10 +337,9 @@ def show_divergence(source: Path, out: Path, found: dict[Search, Run], mixed: Ru
     rows = []
     for name, result in judged.items():
         d = result.divergence
-        recipe = "nvfp4" if name == "nvfp4" else f"nvfp4-all, {name}"
         rows.append(
             [
-                recipe,
+                name,
                 f"{d.kl.value:.4f}",
                 between(d.kl, "{:.4f}"),
                 f"{d.same_top.value:.1%}",
@@ -343,22 +348,37 @@ def show_divergence(source: Path, out: Path, found: dict[Search, Run], mixed: Ru
                 result.report.conditions.activations,
             ]
         )
-    head = ["recipe", "KL, nats", "95 %", "same top-1", "95 %", "perplexity", "inputs"]
+    head = ["recipe", "KL, nats", "95 %", "same top", "95 %", "perplexity", "inputs"]
     say(table(head, rows, right=range(1, 6)))
     say()
-    paired = compare_candidates(judged["mse"].figures, judged["absmax"].figures)
-    ratio, interval = paired.ratio.value, paired.ratio.interval
-    assert interval is not None
-    field(
-        "mse",
-        f"{1 - ratio:.0%} less KL than absmax at the same bytes (95 %: {1 - interval.high:.0%} to "
-        f"{1 - interval.low:.0%}, paired, better in {paired.wins} of {paired.windows} windows)",
-    )
+    show_gain("mse", judged["nvfp4-all, mse"], judged["nvfp4-all, absmax"])
+    if CALIBRATED in judged:
+        show_gain("calibrated", judged[CALIBRATED], judged["nvfp4-all, absmax"])
+        made = shown[CALIBRATED].result
+        assert made.calibration is not None
+        field(
+            "by",
+            f"running the model over text ({made.calibration.tokens_said}; no word of it is from "
+            f"{c.text}) and choosing codes by what passes through each linear: "
+            f"{made.seconds:.0f} s",
+        )
     field(
         "how",
         f"exact, over the whole vocabulary, from a reference pack of {megabytes(pack.nbytes)} "
         "(final hidden states of the BF16 model, its head and the tokens); inputs are rounded as "
         "the checkpoint declares for serving; intervals resample windows, and 16 are few",
+    )
+
+
+def show_gain(name: str, ours: EvalResult, theirs: EvalResult) -> None:
+    """How much less divergence than absmax, on the same windows."""
+    paired = compare_candidates(ours.figures, theirs.figures)
+    ratio, interval = paired.ratio.value, paired.ratio.interval
+    assert interval is not None
+    field(
+        name,
+        f"{1 - ratio:.0%} less KL than absmax at the same bytes (95 %: {1 - interval.high:.0%} to "
+        f"{1 - interval.low:.0%}, paired, better in {paired.wins} of {paired.windows} windows)",
     )
 
 
@@ -556,8 +576,9 @@ def demonstrate(out: Path, *, offline: bool) -> None:
         "each",
         "is quantized with the recipes nvfp4-all (all linears of the language model, without data) "
         "and nvfp4 (NVIDIA's published mix; its FP8 layers need the size of their inputs, which a "
-        "short pass over text measures); another program decodes the results, and KL divergence "
-        "tells what they lost",
+        "short pass over text measures), model 1 also with codes chosen by what passes through "
+        "each linear (calibrated); another program decodes the results, and KL divergence tells "
+        "what they lost",
     )
     show_machine()
     heading("model 1: hybrid-chat-mtp")
@@ -573,6 +594,7 @@ def demonstrate(out: Path, *, offline: bool) -> None:
         f""". {short(ROOT / ".venv" / "bin" / "activate")}
 nybble plan MODEL                             what happens to every tensor; headers are enough
 nybble quantize MODEL OUT --recipe nvfp4-all  writes OUT, opens it again and verifies it
+nybble quantize MODEL OUT --calibrate         the same bytes, closer to the model
 nybble check OUT --source MODEL               what is wrong with it; anybody's, also hf://org/model
 nybble repair OUT MENDED --source MODEL       mend that without quantizing again
 nybble convert OUT OTHER --to gguf            or compressed-tensors, modelopt, bf16

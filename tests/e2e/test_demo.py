@@ -60,15 +60,17 @@ def test_better_scales_lose_less_of_the_model(screen: str) -> None:
     )
     rows = re.findall(pattern, screen, re.MULTILINE)
     assert [row[0] for row in rows] == [
-        *("nvfp4-all, absmax", "nvfp4-all, four-six", "nvfp4-all, mse"),
+        *("nvfp4-all, absmax", "nvfp4-all, four-six", "nvfp4-all, mse", "nvfp4-all, calibrated"),
         "nvfp4",
     ]
     kl = [float(row[1]) for row in rows]
     assert all(float(row[2]) < value < float(row[3]) for row, value in zip(rows, kl, strict=True))
     assert kl[2] < 0.9 * kl[0]
-    assert kl[3] < kl[2]
-    assert [row[5] for row in rows] == ["none", "none", "none", "FP8 static"]
+    assert kl[3] < 0.7 * kl[0]
+    assert kl[4] < kl[2]
+    assert [row[5] for row in rows] == ["none", "none", "none", "none", "FP8 static"]
     assert re.search(r"mse +2\d% less KL than absmax .* paired", screen)
+    assert re.search(r"calibrated +[3-9]\d% less KL than absmax .* paired", screen)
 
 
 def test_the_packed_file_speaks(screen: str) -> None:

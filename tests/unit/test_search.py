@@ -221,7 +221,7 @@ DRAWS = {
     "student_t5": lambda rng, n: rng.standard_t(5, n),
     "student_t3": lambda rng, n: rng.standard_t(3, n),
 }
-#: Samples per distribution: as many as the table of methods.md 1.5 has.
+#: Samples per distribution: as many as the published table has.
 SAMPLES = 1 << 20
 #: Sampling error: between seeds, 2^20 values move by 0.02 dB; heavy tails (t3) by more, so seeded.
 TABLE_DB = 0.05

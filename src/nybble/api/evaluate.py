@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import nybble
+from nybble.api.calibrated import refuse_calibrated_on
 from nybble.api.extras import needs_torch
 from nybble.checkpoint.reader import Checkpoint
 from nybble.errors import CheckpointError, EvaluationError, TextError
@@ -156,6 +157,7 @@ def perplexity(
     with _opened(Path(model)) as subject:
         text, settled = _text(protocol), protocol.settled()
         windows = subject.windows(text, protocol)
+        subject.refuse_calibrated(windows, text.name)
         with subject.source(windows, protocol, progress, "score") as source:
             source.run()
             scores = score(source, windows, source.stream.mode, progress)
@@ -192,6 +194,7 @@ def evaluate(
         with _referenced(Path(reference), ours, protocol, progress, head) as known:
             windows = known.windows
             _refuse_strangers(ours, known)
+            ours.refuse_calibrated(windows, known.text.name)
             with ours.source(windows, protocol, progress, "candidate") as source:
                 ours.model.weights.check()  # before hours of work on the reference
                 known.run()
@@ -304,6 +307,11 @@ class _Subject:
             bos=self.tokenizer.bos_id if settled.convention == "llamacpp" else None,
             limit=protocol.limit,
         )
+
+    def refuse_calibrated(self, windows: tuple[Window, ...], name: str) -> None:
+        """Raise EvaluationError if this checkpoint was calibrated on a passage of the windows."""
+        ids = [i for w in windows for i in w.tokens.tolist()]
+        refuse_calibrated_on(self.checkpoint.path, self.tokenizer.decode(ids), name)
 
     def notes(self, protocol: Protocol) -> tuple[str, ...]:
         """What is declared of serving and not computed here."""

@@ -3,21 +3,28 @@ it."""
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 import nybble
+from nybble.api.calibrated import (
+    Prepared,
+    calibration_request,
+    peak_bytes,
+    prepare,
+    refuse_nothing_to_calibrate,
+    workers_of,
+)
 from nybble.api.check import finding_json
-from nybble.api.extras import needs_torch
+from nybble.api.input_measurement import Measure, input_measurement, refuse_missing
 from nybble.api.plan import find_layout, totals
-from nybble.calibrate.scales import HEADROOM, InputAmax, check_headroom, input_scales
+from nybble.calibrate.report import Report, read_report
 from nybble.check.audit import Audit, audit
 from nybble.check.rule import Finding, Severity
 from nybble.check.run import run_rules, select_rules
@@ -25,18 +32,17 @@ from nybble.check.survey import Survey, Target
 from nybble.checkpoint.disk import Disk
 from nybble.checkpoint.reader import Checkpoint
 from nybble.checkpoint.writer import JOURNAL, SHARD_BYTES, partial_folder, refuse_inside
-from nybble.errors import CheckFailed, RecipeError, TextError
+from nybble.errors import CheckFailed, RecipeError
 from nybble.formats.search import Search
 from nybble.kernels.dispatch import choose, default_threads
 from nybble.plan.plan import Plan, make_plan
 from nybble.plan.recipe import Recipe, load_recipe
 from nybble.progress import Progress
-from nybble.quantize.input_scales import InputScales, stored_input_scales
-from nybble.quantize.run import Options, execute, refuse_start
+from nybble.quantize.input_scales import InputScales
+from nybble.quantize.run import Options, execute
 
-#: Tokens of the measurement: ModelOpt found the choice and amount of text to matter little, and
-#: 8,192 show each of 256 experts some 256 tokens (8 are active at a time).
-CALIBRATION_TOKENS = 8192
+if TYPE_CHECKING:
+    from nybble.quantize.rounder import Rounder
 
 #: The engines that a layout is written for: what one of them would refuse is said.
 MADE_FOR = {
@@ -44,7 +50,6 @@ MADE_FOR = {
     "compressed-tensors": ("vllm", "sglang"),
 }
 
-Measure = Callable[[Plan, Progress], InputAmax]
 Stage = Literal["dry run", "fresh", "interrupted", "written"]
 
 
@@ -69,6 +74,10 @@ class Result:
     input_scales: InputScales | None = None
     measure_seconds: float = 0.0  # before `seconds` begin; 0 where a resumed run had its scales
     findings: tuple[Finding, ...] = ()  # what the rules of `nybble check` say of the result
+    calibration: Report | None = None  # what the finished folder says of it
+    planned_bytes: int = 0  # memory that the calibration said it would take
+    peak_bytes: int = 0  # the largest resident set, mapped files included
+    kv_scales: tuple[Mapping[str, object], ...] = ()  # a row a layer; layer -1 is the MTP head's
 
     def as_json(self) -> dict[str, object]:
         """The JSON document `nybble.quantize/1`."""
@@ -83,6 +92,8 @@ class Result:
             **asdict(totals(self.plan)),
             "notes": list(self.plan.notes),
             "input_scales": _scales_json(self.input_scales),
+            "kv_scales": [dict(row) for row in self.kv_scales],
+            "calibration": self._calibration_json(),
             "measure_seconds": self.measure_seconds,
             "seconds": self.seconds,
             "audit_seconds": self.audit_seconds,
@@ -112,6 +123,14 @@ class Result:
                 ],
             },
         }
+
+    def _calibration_json(self) -> dict[str, object] | None:
+        """The report without its row for each linear, which is in OUT/report.json."""
+        if self.calibration is None:
+            return None
+        whole = self.calibration.as_json()
+        cost = {"planned_bytes": self.planned_bytes, "peak_bytes": self.peak_bytes}
+        return {key: value for key, value in whole.items() if key != "linears"} | cost
 
 
 def _scales_json(scales: InputScales | None) -> dict[str, object] | None:
@@ -143,10 +162,18 @@ def quantize(
     resume: bool = False,
     generic: bool = False,
     data_free: bool = False,
+    calibrate: str | PathLike[str] | None = None,
+    effort: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+    allow_mixed: bool = False,
+    ray: str | None = None,
     calibration_text: str | PathLike[str] | None = None,
     calibration_tokens: int | None = None,
     headroom: float | None = None,
+    kv_scales: bool = False,
     measure: Measure | None = None,
+    rounder: Rounder | None = None,
     progress: Progress | None = None,
     on_plan: Callable[[Plan], None] | None = None,
     disk: Disk | None = None,
@@ -158,6 +185,16 @@ def quantize(
     (default: the project's own mixture), the largest magnitudes times `headroom` (default
     HEADROOM). `measure` replaces that pass. `data_free` measures nothing and makes the recipe's
     form without such scales. A resumed run goes on with the scales it began with.
+
+    `calibrate` chooses the codes of NVFP4 linears by what passes through them: a preset ("default",
+    "nvidia:FOLDER", "infatoshi") or a file, of which `samples` windows of `length` tokens are used;
+    `effort` is "fast", "default" or "best". Input scales are measured on the same windows, then.
+    Such a run can be resumed on a machine with other instructions or threads with `allow_mixed`
+    only. It leaves report.json and report.txt in `out`. `ray` is the address of a Ray cluster that
+    does tasks of the calibration, of `jobs` threads each, and gives the same bytes; with
+    `allow_mixed` its machines may differ in what bytes depend on. `rounder` chooses codes in the
+    place of the search; not with `calibrate`. `kv_scales` measures the scales of an FP8 KV cache
+    and writes two a layer.
 
     `jobs` threads (default: all processors), shards of `shard_size` decimal bytes. With `dry_run`
     nothing is measured or written. `on_plan` is called before the work begins. The result is
@@ -171,42 +208,68 @@ def quantize(
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     if data_free:
         chosen = chosen.without_data()
-    asked = _calibration(calibration_text, calibration_tokens, headroom, measure, threads)
+    asked = input_measurement(calibration_text, calibration_tokens, headroom, measure, threads)
+    request = calibration_request(
+        calibrate,
+        effort=effort,
+        samples=samples,
+        length=length,
+        allow_mixed=allow_mixed,
+        resume=resume,
+        data_free=data_free,
+        kv_scales=kv_scales,
+        search=search,
+        text=calibration_text,
+        tokens=calibration_tokens,
+        ray=ray,
+    )
+    if request is not None and rounder is not None:
+        raise RecipeError(
+            "calibrate and rounder both choose the codes; leave one out (a rounder brings its own "
+            "choices, and calibration is one)"
+        )
     target = Path(out)
     refuse_inside(Path(model), target)
     stage = _stage(target, dry_run=dry_run, resume=resume)
-    options = Options(search, shard_size, threads, resume)
+    options = Options(search, shard_size, threads, resume, allow_mixed)
     with Checkpoint.open(Path(model), headers_only=dry_run) as checkpoint:
-        made = make_plan(checkpoint, chosen, find_layout(layout), generic=generic)
-        if not made.needs_data and asked != _calibration(None, None, None, measure, threads):
+        made = make_plan(
+            checkpoint, chosen, find_layout(layout), generic=generic, kv_scales=kv_scales
+        )
+        nothing_asked = input_measurement(None, None, None, measure, threads)
+        if not (made.needs_data or kv_scales) and asked != nothing_asked:
             raise RecipeError(
                 f"recipe {chosen.name}{' without data' if data_free else ''} stores no input scale "
                 "here, so a calibration text, its tokens and a headroom have no effect; leave them "
                 "out"
             )
-        must_measure = made.needs_data and stage == "fresh"
-        if must_measure and measure is None:
-            _refuse_missing(made)
+        if request is not None:
+            refuse_nothing_to_calibrate(made)
+        must_measure = (made.needs_data or kv_scales) and stage == "fresh"
+        if must_measure and measure is None and request is None:
+            refuse_missing(made)
         if on_plan is not None:
             on_plan(made)
         clocks = [_clocks()]
-        scales = None
-        if must_measure:
-            refuse_start(made, target, options, disk=disk)
-            scales = asked.run(made, progress)
-        elif stage == "interrupted":
-            scales = asked.over(stored_input_scales(target, disk=disk))
-        clocks.append(_clocks())
-        if stage in ("fresh", "interrupted"):
-            execute(
-                made,
-                target,
-                options,
-                version=nybble.__version__,
-                progress=progress,
-                input_scales=scales,
-                disk=disk,
-            )
+        given = Prepared()
+        must_run = stage in ("fresh", "interrupted")
+        with workers_of(request if must_run else None, options) as workers:
+            if must_run:
+                given = prepare(made, target, options, asked, request, progress, disk, workers)
+            scales, calibration = given.input_scales, given.calibration
+            clocks.append(_clocks())
+            if must_run:
+                execute(
+                    made,
+                    target,
+                    options,
+                    version=nybble.__version__,
+                    progress=progress,
+                    input_scales=scales,
+                    disk=disk,
+                    rounder=calibration or rounder,
+                    kv_scales=given.kv_scales,
+                )
         clocks.append(_clocks())
         checked = None
         findings: tuple[Finding, ...] = ()
@@ -230,6 +293,10 @@ def quantize(
         input_scales=scales,
         measure_seconds=wall[0] if must_measure else 0.0,
         findings=findings,
+        calibration=None if stage == "dry run" else read_report(target),
+        planned_bytes=calibration.footprint.private_bytes if calibration else 0,
+        peak_bytes=peak_bytes(),
+        kv_scales=given.kv_rows,
     )
 
 
@@ -273,73 +340,6 @@ def _stage(target: Path, *, dry_run: bool, resume: bool) -> Stage:
     if resume and target.is_dir() and not partial_folder(target).exists():
         return "written"
     return "fresh"
-
-
-@dataclass(frozen=True, slots=True)
-class _Calibration:
-    """What was asked of the measurement; `text` None is the project's own mixture."""
-
-    text: str | None
-    tokens: int
-    headroom: float
-    measure: Measure | None
-    threads: int
-
-    def __str__(self) -> str:
-        if self.text is None:
-            return f"{self.tokens:,} tokens of the project's mixture"
-        digest = hashlib.sha256(self.text.encode()).hexdigest()[:16]
-        return f"{self.tokens:,} tokens of a text with sha256 {digest}"
-
-    def run(self, plan: Plan, progress: Progress) -> InputScales:
-        """Measure, and make scales of it."""
-        if self.measure is not None:
-            measured = self.measure(plan, progress)
-        else:
-            from nybble.calibrate.amax import measure_amax
-
-            measured = measure_amax(
-                plan, text=self.text, tokens=self.tokens, threads=self.threads, progress=progress
-            )
-        return replace(input_scales(plan, measured, self.headroom), calibration=str(self))
-
-    def over(self, stored: InputScales | None) -> InputScales | None:
-        """Stored scales as if asked for now: the journal refuses what it was not asked for then."""
-        if stored is None:
-            return None
-        return replace(stored, headroom=self.headroom, calibration=str(self))
-
-
-def _calibration(
-    text: str | PathLike[str] | None,
-    tokens: int | None,
-    headroom: float | None,
-    measure: Measure | None,
-    threads: int,
-) -> _Calibration:
-    tokens = CALIBRATION_TOKENS if tokens is None else tokens
-    if tokens < 1:
-        raise TextError(f"{tokens} calibration tokens; at least one is needed")
-    headroom = HEADROOM if headroom is None else float(headroom)
-    check_headroom(headroom)
-    content = None
-    if text is not None:
-        try:
-            content = Path(text).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TextError(f"calibration text {text} cannot be read: {error}") from None
-    return _Calibration(content, tokens, headroom, measure, threads)
-
-
-def _refuse_missing(plan: Plan) -> None:
-    """Raise MissingExtra where the model cannot be run, with the ways out that this recipe has."""
-    try:
-        plan.recipe.without_data()
-    except RecipeError:
-        otherwise = ", or choose a recipe that measures nothing (nvfp4-all)"
-    else:
-        otherwise = ", or --data-free, which leaves out what needs measured scales"
-    needs_torch(f"measuring the input scales of recipe {plan.recipe.name}", otherwise)
 
 
 def _clocks() -> tuple[float, float]:

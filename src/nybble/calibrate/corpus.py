@@ -48,10 +48,10 @@ SHARES = (
 #: (Brown et al. 2020, appendix C), but meaningful in scripts without spaces too.
 SHINGLE = 50
 
-# A Karp-Rabin hash (1987) modulo a Mersenne prime: two different shingles meet with p < 1e-15.
-_PRIME = 2**61 - 1
+#: A Karp-Rabin hash (1987) modulo a Mersenne prime: two different shingles meet with p < 1e-15.
+HASHES = 2**61 - 1
 _BASE = 1_000_003_103
-_LEADING = pow(_BASE, SHINGLE, _PRIME)
+_LEADING = pow(_BASE, SHINGLE, HASHES)
 
 # Where a text may be cut, from best to worst.
 _ENDS = ("\n\n", "\n", ". ", "。", "। ", "? ", "! ", " ")
@@ -103,6 +103,11 @@ def documents(domain: str, root: Traversable | None = None) -> list[Document]:
     return found
 
 
+def files() -> list[dict[str, str]]:
+    """The entries of the corpus's own manifest: path, domain, licence, bytes, sha256."""
+    return _manifest(_package_texts())
+
+
 def mixture() -> Iterator[Document]:
     """The whole corpus as pieces, the same on every machine: every prefix holds all domains.
 
@@ -147,7 +152,7 @@ def render(document: Document, template: ChatTemplate | None) -> str:
 def shingles(text: str) -> frozenset[int]:
     """The hashes of all runs of SHINGLE letters and digits in a text; case, spaces and punctuation
     do not count. Empty for a shorter text. The same in every process and on every machine."""
-    return frozenset(_hashes(text))
+    return frozenset(shingle_hashes(text))
 
 
 def overlap(text: str) -> float:
@@ -157,7 +162,7 @@ def overlap(text: str) -> float:
     of fewer than SHINGLE letters and digits has no shingles, and 0.
     """
     known = _corpus_shingles()
-    found = [value in known for value in _hashes(text)]
+    found = [value in known for value in shingle_hashes(text)]
     return sum(found) / len(found) if found else 0.0
 
 
@@ -271,15 +276,16 @@ def _said(message: Message) -> list[str]:
     return [part for part in parts if isinstance(part, str) and part]
 
 
-def _hashes(text: str) -> Iterator[int]:
+def shingle_hashes(text: str) -> Iterator[int]:
+    """The hashes of a text's shingles one after the other, below HASHES, repeated ones too."""
     letters = [ord(c) for c in text.casefold() if c.isalnum()]
     value = 0
     for letter in letters[:SHINGLE]:
-        value = (value * _BASE + letter) % _PRIME
+        value = (value * _BASE + letter) % HASHES
     if len(letters) >= SHINGLE:
         yield value
     for leaving, entering in zip(letters, letters[SHINGLE:], strict=False):
-        value = (value * _BASE + entering - leaving * _LEADING) % _PRIME
+        value = (value * _BASE + entering - leaving * _LEADING) % HASHES
         yield value
 
 
@@ -289,8 +295,8 @@ def _corpus_shingles() -> frozenset[int]:
     for domain in domains():
         for document in documents(domain):
             if document.text is not None:
-                found.update(_hashes(document.text))
+                found.update(shingle_hashes(document.text))
             for message in document.messages or ():
                 for part in _said(message):
-                    found.update(_hashes(part))
+                    found.update(shingle_hashes(part))
     return frozenset(found)

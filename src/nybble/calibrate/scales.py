@@ -10,11 +10,12 @@ FP8 stores amax / 448, NVFP4 amax / (6 * 448), the scale of the block scales.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, field
+from math import floor, isfinite, log2
 
 import numpy as np
 
+from nybble.calibrate.block_amax import BlockAmax
 from nybble.errors import RecipeError
 from nybble.formats.element import E2M1, E4M3
 from nybble.formats.scheme import Scheme
@@ -34,6 +35,12 @@ HEADROOM = 2.0
 #: Above this nothing is left: E4M3 spans 448 / 2^-6 = 28672 in normal numbers, and typical values
 #: lie some 30 times below the largest.
 MOST_HEADROOM = 1024.0
+#: Of NVFP4 inputs: how far above a small block (the first percentile) the scale may reach. The
+#: block scale is an E4M3 number, and that block's is 448 / 16384 there, 1.75 times the smallest
+#: normal one: all the room below costs nothing. The rule of ModelOpt 0.47 (nvfp4_act_headroom), but
+#: never below what was measured, in powers of two, and no more than outliers will ever need: a
+#: scale of any size would hide one that was stored the wrong way round (rule NB212).
+ANCHOR, SMALL_BLOCK, MOST_ROOM = 16384.0, 0.01, 64.0
 #: Tokens that an expert must have seen for its own amax to count. One is enough: engines that run
 #: all experts of a layer as one matmul take the largest scale anyway, and the headroom covers what
 #: a few tokens missed. None says nothing.
@@ -45,18 +52,24 @@ class InputAmax:
     """What a pass measured: per module the largest input magnitude, and the tokens it was seen on.
 
     Experts one by one; one that saw no token may be absent or have 0 tokens. `total_tokens` is the
-    length of the pass.
+    length of the pass. `blocks` are the sizes of blocks of NVFP4 inputs, where they were measured;
+    all experts of a layer share theirs.
     """
 
     amax: Mapping[str, float]
     tokens: Mapping[str, int]
     total_tokens: int
+    blocks: Mapping[str, BlockAmax] = field(default_factory=dict)
 
 
 def input_scales(plan: Plan, measured: InputAmax, headroom: float = HEADROOM) -> InputScales:
     """The scale of every module whose scheme stores one; members of a job share the largest.
 
-    amax * headroom / 448 for static FP8, amax * headroom / 2688 for NVFP4 W4A4, in float32. An
+    amax * headroom / 448 for static FP8, amax * headroom / 2688 for NVFP4 W4A4, in float32. Where
+    the blocks of an NVFP4 input were measured, `headroom` is the least: it is doubled as long as
+    a small block does not pay for it (ANCHOR), so that outliers that this text lacks saturate as
+    late as can be had for nothing. Experts of a layer are moved together, for engines that run them
+    as one matmul take the largest of their scales. An
     expert that saw fewer than FEWEST_TOKENS tokens, or zeros alone, takes the largest amax of this
     projection over all experts of its layer, and is listed in `fallbacks`. Raises RecipeError for a
     headroom outside of [1, MOST_HEADROOM], and, naming the module, for what has no measurement, is
@@ -79,8 +92,24 @@ def input_scales(plan: Plan, measured: InputAmax, headroom: float = HEADROOM) ->
             fallbacks += modules
         if peak == 0:
             raise _nothing_measured(job, measured)
-        values.update(dict.fromkeys(modules, _scale(job, peak * headroom)))
+        room = max(headroom, _free_room(job, measured, layers[_layer(job)]))
+        values.update(dict.fromkeys(modules, _scale(job, peak * room)))
     return InputScales(values, tuple(fallbacks), headroom, measured.total_tokens)
+
+
+def _free_room(job: Job, measured: InputAmax, peak: float) -> float:
+    """The power of two that the scale of the largest input `peak` may be raised by, by its blocks;
+    0 where the input has none, or they are not known."""
+    assert job.scheme.input is not None
+    if job.scheme.input.element is not E2M1:
+        return 0.0
+    small = [
+        blocks.quantile(SMALL_BLOCK)
+        for m in job.members
+        if (blocks := measured.blocks.get(m.module)) is not None and blocks.blocks
+    ]
+    room = ANCHOR * min(small) / peak if small else 0.0
+    return 2.0 ** floor(log2(min(room, MOST_ROOM))) if room >= 1 else 0.0
 
 
 def check_headroom(headroom: float) -> None:
@@ -109,9 +138,15 @@ def _peak(job: Job, measured: InputAmax) -> float:
 
 def _layer(job: Job) -> tuple[str, ...]:
     """What is equal for one projection of all experts of a layer; of other jobs, themselves."""
-    if job.role != "routed_expert":
+    if not _is_expert(job):
         return (job.name,)
     return tuple(_without_number(m.module) for m in job.members)
+
+
+def _is_expert(job: Job) -> bool:
+    """A routed expert, of the trunk or of the MTP head, which has one role."""
+    is_mine = job.role in ("routed_expert", "mtp")
+    return is_mine and ".experts." in job.members[0].module
 
 
 def _without_number(module: str) -> str:
@@ -122,7 +157,7 @@ def _without_number(module: str) -> str:
 def _nothing_measured(job: Job, measured: InputAmax) -> RecipeError:
     seen: Sequence[int] = [measured.tokens.get(m.module, 0) for m in job.members]
     what = f"zeros alone on {max(seen):,} tokens" if max(seen) else "no token at all"
-    of_layer = ", nor did any expert of its layer" if job.role == "routed_expert" else ""
+    of_layer = ", nor did any expert of its layer" if _is_expert(job) else ""
     return RecipeError(
         f"{job.members[0].module}: {job.scheme} needs the size of its inputs, and the measurement "
         f"saw {what}{of_layer}; a made-up scale would silently ruin answers. Measure on more or "

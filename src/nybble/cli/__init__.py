@@ -41,7 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("plan")(plan.command)
-app.command("quantize")(quantize.command)
+app.command("quantize", cls=quantize.Command)(quantize.command)
 app.command("check")(check.command)
 app.command("repair")(repair.command)
 app.command("convert")(convert.command)

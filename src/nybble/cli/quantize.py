@@ -3,17 +3,62 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import typer
+from typer.core import TyperCommand
 
+from nybble.cli.allocate_flags import Formats, TargetBits, TargetSize
 from nybble.cli.output import JsonFlag, OutputFormat, wants_json
 from nybble.cli.plan import DataFree, Generic, LayoutName, Model, RecipeName
 
 if TYPE_CHECKING:
     from nybble.api.quantize import Result
+    from nybble.formats.search import Search
     from nybble.plan.plan import Plan
+    from nybble.progress import Progress
+
+
+class Options(TypedDict):
+    """The options that a run with a recipe and one with a target have in common."""
+
+    layout: str
+    search: Search
+    jobs: int | None
+    shard_size: int
+    dry_run: bool
+    resume: bool
+    generic: bool
+    data_free: bool
+    calibrate: str | None
+    effort: str | None
+    samples: int | None
+    length: int | None
+    allow_mixed: bool
+    calibration_text: Path | None
+    calibration_tokens: int | None
+    headroom: float | None
+
+
+CALIBRATE = "--calibrate"
+
+
+class Command(TyperCommand):
+    """Gives `--calibrate` without a value its default: typer knows no option with an optional
+    value."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """See click: the arguments, with "default" behind a --calibrate that has no value."""
+        return super().parse_args(ctx, list(_with_default(args)))
+
+
+def _with_default(args: list[str]) -> Iterator[str]:
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        yield arg
+        if arg == CALIBRATE and following.startswith("-"):
+            yield "default"
 
 
 def command(
@@ -38,6 +83,61 @@ def command(
     ] = False,
     generic: Generic = False,
     data_free: DataFree = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            CALIBRATE,
+            metavar="[TEXT|PRESET]",
+            help="Choose codes by what passes through each linear: on a .txt, .jsonl or .json of "
+            "yours, or a preset (default, nvidia:FOLDER, infatoshi). Alone, write it behind OUT.",
+        ),
+    ] = None,
+    effort: Annotated[
+        str | None, typer.Option(help="Of --calibrate: fast, default or best.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Windows to calibrate on; default: 128."),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=16, metavar="L", help="Tokens of a window; default: 512.")
+    ] = None,
+    allow_mixed: Annotated[
+        bool,
+        typer.Option(
+            "--allow-mixed",
+            help="Resume a calibrated run on a machine with other instructions or threads: the "
+            "bytes will differ.",
+        ),
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Do the tasks of --calibrate on a Ray cluster (HOST:PORT, auto or local), with "
+            "--jobs threads each; MODEL and OUT on a filesystem that all its machines share.",
+        ),
+    ] = None,
+    target_bits: TargetBits = None,
+    target_size: TargetSize = None,
+    formats: Formats = None,
+    promote: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="SHARE",
+            help="Of the W4A4 weights, make this share W4A16: those whose inputs suffer most, as "
+            "measured; 0: what is out of proportion.",
+        ),
+    ] = None,
+    kv_scales: Annotated[
+        bool,
+        typer.Option(
+            "--kv-scales",
+            help="Measure the scales of an FP8 KV cache; without, engines cast with 1.",
+        ),
+    ] = False,
     calibration_text: Annotated[
         Path | None,
         typer.Option(
@@ -61,11 +161,14 @@ def command(
     """Quantize a checkpoint folder, and verify what was written.
 
     Static FP8 and W4A4 have their input scales measured first, in a short forward pass that needs
-    the torch extra; --data-free goes without.
+    the torch extra; --data-free goes without. --calibrate runs the model over text layer by layer
+    and chooses every code by it: more faithful at the same size.
     """
-    from nybble.api.quantize import quantize
+    from nybble.api.calibrated import EFFORTS
+    from nybble.cli import allocate_flags
     from nybble.cli.output import parse_bytes, write_json
     from nybble.cli.plan import check_words
+    from nybble.cli.quantized import render
     from nybble.formats.search import SEARCHES
     from nybble.kernels.dispatch import choose
     from nybble.progress import Display, waiting
@@ -74,33 +177,141 @@ def command(
         raise typer.BadParameter(
             f"{search!r}; choose one of {', '.join(SEARCHES)}", param_hint="--search"
         )
+    if effort is not None and effort not in EFFORTS:
+        raise typer.BadParameter(
+            f"{effort!r}; choose one of {', '.join(EFFORTS)}", param_hint="--effort"
+        )
     check_words(recipe, layout)
+    target = allocate_flags.target(target_bits, target_size, formats)
     is_json, shard_bytes = wants_json(json, output_format), parse_bytes(shard_size)
+    options: Options = {
+        "layout": layout,
+        "search": search,
+        "jobs": jobs,
+        "shard_size": shard_bytes,
+        "dry_run": dry_run,
+        "resume": resume,
+        "generic": generic,
+        "data_free": data_free,
+        "calibrate": calibrate,
+        "effort": effort,
+        "samples": samples,
+        "length": length,
+        "allow_mixed": allow_mixed,
+        "calibration_text": calibration_text,
+        "calibration_tokens": calibration_tokens,
+        "headroom": headroom,
+    }
     with waiting("compiling the kernels, once"):
         choose()
     with Display() as progress:
-        result = quantize(
+        if target is not None:
+            _refuse_beside_target(promote, kv_scales, ray)
+            found = allocate_flags.run(
+                target,
+                model,
+                out,
+                recipe,
+                formats=formats,
+                progress=progress,
+                is_quiet=is_json,
+                **options,
+            )
+            result = found.result
+            more: dict[str, object] = {"allocation": found.as_json()}
+        else:
+            result, more = _quantize(
+                model, out, recipe, options, promote, kv_scales, ray, progress, is_quiet=is_json
+            )
+    if is_json:
+        write_json({**result.as_json(), **more})
+    else:
+        sys.stdout.write(render(result))
+
+
+def _refuse_beside_target(promote: float | None, kv_scales: bool, ray: str | None) -> None:
+    from nybble.errors import RecipeError
+
+    for name, is_given in (
+        ("--promote", promote is not None),
+        ("--kv-scales", kv_scales),
+        ("--ray", ray is not None),
+    ):
+        if is_given:
+            raise RecipeError(
+                f"{name} and a target of bits or bytes are not made for each other yet; leave one "
+                "out"
+            )
+
+
+def _quantize(
+    model: Path,
+    out: Path,
+    recipe: str,
+    options: Options,
+    promote: float | None,
+    kv_scales: bool,
+    ray: str | None,
+    progress: Progress,
+    *,
+    is_quiet: bool,
+) -> tuple[Result, dict[str, object]]:
+    """One recipe for all; what else the JSON document says."""
+    from nybble.api.quantize import quantize
+
+    more: dict[str, object] = {}
+    if promote is not None:
+        recipe, more["promotion"] = _promoted(model, out, recipe, options, promote, progress)
+    on_plan = None if is_quiet else _show_plan
+    return (
+        quantize(
             model,
             out,
             recipe,
-            layout=layout,
-            search=search,
-            jobs=jobs,
-            shard_size=shard_bytes,
-            dry_run=dry_run,
-            resume=resume,
-            generic=generic,
-            data_free=data_free,
-            calibration_text=calibration_text,
-            calibration_tokens=calibration_tokens,
-            headroom=headroom,
+            kv_scales=kv_scales,
+            ray=ray,
             progress=progress,
-            on_plan=None if is_json else _show_plan,
+            on_plan=on_plan,
+            **options,
+        ),
+        more,
+    )
+
+
+def _promoted(
+    model: Path, out: Path, recipe: str, options: Options, share: float, progress: Progress
+) -> tuple[str, dict[str, object]]:
+    """The derived recipe's file, and what was measured."""
+    from nybble.api.input_measurement import calibration_text
+    from nybble.api.promotion import TOKENS, promoted_recipe
+    from nybble.errors import RecipeError
+
+    if options["data_free"] or options["dry_run"]:
+        raise RecipeError(
+            "--promote measures what rounding inputs does; leave --data-free and --dry-run out"
         )
-    if is_json:
-        write_json(result.as_json())
-    else:
-        sys.stdout.write(render(result))
+    text, windows = options["calibration_text"], None
+    if options["calibrate"] is not None:
+        from nybble.calibrate.samples import open_samples
+
+        asked = {name: options[name] for name in ("samples", "length")}
+        windows = open_samples(model, options["calibrate"], **asked).fit_windows
+    found = promoted_recipe(
+        model,
+        out,
+        recipe,
+        share=share or None,
+        text=None if text is None else calibration_text(text),
+        tokens=options["calibration_tokens"] or TOKENS,
+        windows=windows,
+        layout=options["layout"],
+        headroom=options["headroom"],
+        generic=options["generic"],
+        resume=options["resume"],
+        threads=options["jobs"],
+        progress=progress,
+    )
+    return str(found.path), found.as_json()
 
 
 def _show_plan(plan: Plan) -> None:
@@ -109,99 +320,3 @@ def _show_plan(plan: Plan) -> None:
 
     sys.stdout.write(render_plan(plan, plan))
     sys.stdout.flush()
-
-
-def render(result: Result) -> str:
-    """What the audit found."""
-    from nybble.cli.output import amount, labelled, table
-
-    checked = result.audit
-    if checked is None:
-        return labelled("dry run", f"nothing written to {result.out}") + "\n"
-    source = sum(row.source_bytes for row in result.plan.rows)
-    head = ["role", "scheme", "modules", "SQNR dB", "worst", "in module"]
-    rows = [
-        [
-            e.role,
-            e.scheme,
-            f"{e.modules:,}",
-            f"{e.sqnr_db:.2f}",
-            f"{e.worst_db:.2f}",
-            e.worst_module,
-        ]
-        for e in checked.errors
-    ]
-    copied = ", ".join(f"{role} {n:,}" for role, n in sorted(checked.copied_by_role.items()))
-    lines = [
-        "",
-        f"{result.out}: written and opened again",
-        table(head, rows, right=(2, 3, 4)),
-        *_input_scales(result),
-        labelled(
-            "verified",
-            f"{checked.tensors:,} tensors, {checked.payload_bytes:,} bytes as planned; scales "
-            f"finite and positive; {checked.sqnr_db:.2f} dB over all quantized weights "
-            f"({result.search})",
-        ),
-        labelled("checked", _findings(result)),
-        labelled("identical", f"{checked.copied:,} copied tensors byte for byte: {copied}"),
-        labelled("size", f"{amount(source)} -> {amount(checked.payload_bytes)}"),
-        labelled(
-            "time",
-            f"{result.seconds:.1f} s to quantize "
-            f"({source / max(result.seconds, 1e-9) / 1e9:.2f} GB/s of source, "
-            f"{result.cpu_seconds:.1f} CPU s), {result.audit_seconds:.1f} s to verify "
-            f"({result.audit_cpu_seconds:.1f} CPU s); {result.kernels}, {result.threads} threads",
-        ),
-    ]
-    if checked.all_zero:
-        lines.append(
-            labelled(
-                "warning",
-                f"{len(checked.all_zero):,} modules are zeros in the source itself, "
-                f"{checked.all_zero[0]} for one: an interrupted download looks like that",
-            )
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _findings(result: Result) -> str:
-    """What the rules of check say: the worst by name, the rest by number."""
-    from nybble.api.check import Severity
-
-    worse = [f for f in result.findings if f.severity > Severity.NOTE]
-    notes = len(result.findings) - len(worse)
-    said = "; ".join(
-        f"{f.rule.id} {f.severity}{f' in {f.engine}' if f.engine else ''}: {f.message}"
-        for f in worse[:3]
-    )
-    more = f" and {len(worse) - 3} more" if len(worse) > 3 else ""
-    return (
-        said or "no error, no warning"
-    ) + f"{more}; {notes} notes (nybble check {result.out} --source {result.plan.checkpoint.path})"
-
-
-def _input_scales(result: Result) -> list[str]:
-    """How the input scales were measured; no line where there are none."""
-    from nybble.cli.output import labelled
-
-    scales, checked = result.input_scales, result.audit
-    if scales is None:
-        if checked is None or not checked.input_scales:
-            return []
-        found = f"{checked.input_scales:,} modules, finite, positive, equal in fused groups"
-        return [labelled("input scales", f"{found}; not measured by this run")]
-    when = "as the interrupted run measured them"
-    if result.measure_seconds:
-        when = f"measured in {result.measure_seconds:.1f} s"
-    text = (
-        f"{len(scales.values):,} modules, largest magnitudes on {scales.tokens:,} tokens times "
-        f"{scales.headroom:g}, {when} ({scales.calibration})"
-    )
-    if by_layer := scales.fallbacks_by_layer:
-        most = max(by_layer, key=lambda layer: by_layer[layer])
-        text += (
-            f"; {len(scales.fallbacks):,} modules of experts without a token took the maximum of "
-            f"their layer (most in {most}: {by_layer[most]:,})"
-        )
-    return [labelled("input scales", text)]

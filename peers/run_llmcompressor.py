@@ -1,10 +1,13 @@
-"""Quantise a BF16 checkpoint with llm-compressor, round to nearest, for comparison.
+"""Quantise a BF16 checkpoint with llm-compressor, for comparison.
 
-    run_llmcompressor.py MODEL OUT RECIPE [--calibrate TEXT_FILE] [--ignore PATTERN...]
+    run_llmcompressor.py MODEL OUT RECIPE [--calibrate TEXT_FILE | --ids IDS.json]
+                         [--ignore PATTERN...] [--dtype float32]
 
 Environment: llmcompressor. RECIPE is a compressed-tensors preset in lower
 case (nvfp4a16, mxfp4a16, fp8_dynamic, fp8_block; nvfp4 with a text to calibrate on), run through
-`oneshot`; with the prefix mf_ through `model_free_ptq`, which never builds the model. Router,
+`oneshot`, rounded to nearest; with the prefix gptq_ by its GPTQ, which needs a text or windows of
+token ids ({"input_ids": [[...]]}); with the prefix mf_ through `model_free_ptq`, which never builds
+the model. Router,
 vision, gated DeltaNet, embeddings, MTP and the head stay BF16, as in llm-compressor's own example
 for this family; `--ignore` replaces that list. Prints one JSON line: CPU seconds, wall seconds,
 peak resident MiB.
@@ -27,6 +30,7 @@ IGNORE_MOE = [
     "re:.*linear_attn.*",
     "re:.*mtp.*",
 ]
+GPTQ = "gptq_"  # before a preset
 IGNORE_BY_TENSOR = ["re:.*norm.*"]  # model_free_ptq sees tensors, not modules
 
 
@@ -44,33 +48,49 @@ def run_model_free(model_dir: str, out: str, preset: str, ignore: list[str]) -> 
     )
 
 
-def samples(model_dir: str, text: str) -> dict[str, object]:
-    """What `oneshot` is told of a text: its tokens in rows of 128; nothing without one."""
-    if not text:
-        return {}
-    import datasets
+def rows_of(options: argparse.Namespace) -> list[list[int]]:
+    """The windows of a file of ids, or a text's tokens in rows of 128."""
+    if options.ids:
+        with open(options.ids, encoding="utf-8") as file:
+            return json.load(file)["input_ids"]
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
-    with open(text, encoding="utf-8") as file:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    with open(options.calibrate, encoding="utf-8") as file:
         ids = tokenizer(file.read())["input_ids"]
-    rows = [ids[at : at + 128] for at in range(0, len(ids), 128)]
+    return [ids[at : at + 128] for at in range(0, len(ids), 128)]
+
+
+def samples(options: argparse.Namespace) -> dict[str, object]:
+    """What `oneshot` is told of a text; nothing without one."""
+    if not options.ids and not options.calibrate:
+        return {}
+    import datasets
+
+    rows = rows_of(options)
     columns = {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]}
     return {
         "dataset": datasets.Dataset.from_dict(columns),
         "num_calibration_samples": len(rows),
-        "max_seq_length": 128,
+        "max_seq_length": max(map(len, rows)),
     }
 
 
-def run_oneshot(
-    model_dir: str, out: str, preset: str, ignore: list[str], config: object, text: str
-) -> None:
+def modifier(recipe: str, ignore: list[str]) -> object:
+    """What is done to the linears."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    kind = GPTQModifier if recipe.startswith(GPTQ) else QuantizationModifier
+    scheme = recipe.removeprefix(GPTQ).upper()
+    return kind(targets="Linear", scheme=scheme, ignore=ignore)
+
+
+def run_oneshot(options: argparse.Namespace, ignore: list[str], config: object) -> None:
     import torch
     import transformers
     from llmcompressor import oneshot
     from llmcompressor.modeling.moe.linearize import load_quantizable_moe
-    from llmcompressor.modifiers.quantization import QuantizationModifier
 
     wrapped = "vision_config" in config.to_dict()
     loader = (
@@ -78,14 +98,10 @@ def run_oneshot(
     )
     is_moe = "moe" in config.model_type
     with load_quantizable_moe(loader) if is_moe else contextlib.nullcontext():
-        model = loader.from_pretrained(model_dir, dtype=torch.bfloat16)
-    oneshot(
-        model=model,
-        recipe=QuantizationModifier(targets="Linear", scheme=preset.upper(), ignore=ignore),
-        **samples(model_dir, text),
-    )
-    model.save_pretrained(out, save_compressed=True)
-    transformers.AutoTokenizer.from_pretrained(model_dir).save_pretrained(out)
+        model = loader.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+    oneshot(model=model, recipe=modifier(options.recipe, ignore), **samples(options))
+    model.save_pretrained(options.out, save_compressed=True)
+    transformers.AutoTokenizer.from_pretrained(options.model).save_pretrained(options.out)
 
 
 def main() -> int:
@@ -94,6 +110,8 @@ def main() -> int:
     parser.add_argument("out")
     parser.add_argument("recipe")
     parser.add_argument("--calibrate", metavar="TEXT_FILE", default="")
+    parser.add_argument("--ids", metavar="IDS.json", default="")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--ignore", metavar="PATTERN", nargs="+")
     options = parser.parse_args()
     row: dict[str, object] = {"tool": "llmcompressor", "recipe": options.recipe, "ok": True}
@@ -109,7 +127,7 @@ def main() -> int:
             if options.recipe.startswith("mf_"):
                 run_model_free(options.model, options.out, preset, ignore)
             else:
-                run_oneshot(options.model, options.out, preset, ignore, config, options.calibrate)
+                run_oneshot(options, ignore, config)
     except Exception as error:
         traceback.print_exc()
         row |= {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]}

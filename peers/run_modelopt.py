@@ -1,13 +1,16 @@
 """Quantise a BF16 checkpoint with ModelOpt and export it, for comparison.
 
-    run_modelopt.py MODEL OUT RECIPE [--calibrate TEXT_FILE] [--mtp PREFIX]  (environment: modelopt)
+    run_modelopt.py MODEL OUT RECIPE [--calibrate TEXT_FILE | --ids IDS.json] [--mtp PREFIX]
+
+Environment: modelopt.
 
 RECIPE: w4a16_max (W4A16_NVFP4_CFG), w4a4_max (NVFP4_DEFAULT_CFG), fp8_block (128x128 weight-only
-FP8), mxfp4, w4a16_mse (an FP8 sweep of static block scales; without a GPU ModelOpt's Triton kernel
-is replaced by the same arithmetic in PyTorch). Which modules are left in BF16 is ModelOpt's own
-default. Data-free unless a text is given. `--mtp` carries the MTP tensors over as ModelOpt's
-example script does, and excludes what begins with PREFIX. Prints one JSON line: CPU seconds by
-stage and in all, wall seconds, peak resident MiB.
+FP8), mxfp4, w4a16_mse, w4a16_local_hessian and w4a4_local_hessian (an FP8 sweep of static block
+scales, by plain or weighted error; without a GPU ModelOpt's Triton kernel is replaced by the same
+arithmetic in PyTorch). Which modules are left in BF16 is ModelOpt's own default. Data-free unless a
+text is given, or windows of token ids ({"input_ids": [[...]]}). `--mtp` carries the MTP tensors
+over as ModelOpt's example script does, and excludes what begins with PREFIX. Prints one JSON line:
+CPU seconds by stage and in all, wall seconds, peak resident MiB.
 """
 
 import argparse
@@ -24,9 +27,16 @@ RECIPES = {
     "w4a16_max": "W4A16_NVFP4_CFG",
     "w4a4_max": "NVFP4_DEFAULT_CFG",
     "w4a16_mse": "W4A16_NVFP4_CFG",
+    "w4a16_local_hessian": "W4A16_NVFP4_CFG",
+    "w4a4_local_hessian": "NVFP4_DEFAULT_CFG",
     "fp8_block": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
     "mxfp4": "MXFP4_DEFAULT_CFG",
 }
+
+#: Recipes that search stored block scales, and the error they search by.
+SEARCHES = ("mse", "local_hessian")
+#: Windows of ids that the model sees at once.
+BATCH = 4
 
 
 class Stages:
@@ -48,8 +58,15 @@ def cpu_seconds() -> float:
     return sum(r.ru_utime + r.ru_stime for r in used)
 
 
+def weights_as_static(config: object) -> None:
+    """Store the block scales of weights, which is what a scale search needs."""
+    for entry in config if isinstance(config, list) else [{k: v} for k, v in config.items()]:
+        if "weight_quantizer" in json.dumps(entry, default=str):
+            as_static(entry)
+
+
 def as_static(config: object) -> None:
-    """Turn dynamic block scales into stored ones, which is what a scale search needs."""
+    """Turn dynamic block scales into stored ones."""
     if isinstance(config, dict):
         sizes = config.get("block_sizes")
         if isinstance(sizes, dict) and sizes.get("type") == "dynamic":
@@ -95,8 +112,11 @@ def replace_triton_kernel() -> None:
     tensor_quant.StaticBlockwiseFP4FakeQuantFunction.forward = staticmethod(forward)
 
 
-def calibration(model: object, model_dir: str, text: str) -> object:
-    """The loop that shows the model a text, 512 tokens at a time; None without one."""
+def calibration(model: object, model_dir: str, text: str, ids: str) -> object:
+    """The loop that shows the model a text, 512 tokens at a time, or windows of ids; None without
+    either."""
+    if ids:
+        return ids_loop(ids)
     if not text:
         return None
     import torch
@@ -110,6 +130,21 @@ def calibration(model: object, model_dir: str, text: str) -> object:
         with torch.no_grad():
             for at in range(0, ids.shape[1], 512):
                 model(input_ids=ids[:, at : at + 512])
+
+    return loop
+
+
+def ids_loop(path: str) -> object:
+    """The loop that shows the model windows of equal length."""
+    import torch
+
+    with open(path, encoding="utf-8") as file:
+        rows = torch.tensor(json.load(file)["input_ids"])
+
+    def loop(model: object) -> None:
+        with torch.no_grad():
+            for at in range(0, len(rows), BATCH):
+                model(input_ids=rows[at : at + BATCH], logits_to_keep=1)
 
     return loop
 
@@ -135,18 +170,20 @@ def quantize(options: argparse.Namespace, stages: Stages) -> None:
 
     stages.mark("import")
     settings = copy.deepcopy(getattr(mtq, RECIPES[recipe]))
-    if recipe == "w4a16_mse":
-        settings["algorithm"] = {"method": "mse", "fp8_scale_sweep": True}
-        as_static(settings["quant_cfg"])
+    search = recipe.split("_", 1)[1]
+    if search in SEARCHES:
+        settings["algorithm"] = {"method": search, "fp8_scale_sweep": True}
+        weights_as_static(settings["quant_cfg"])
         replace_triton_kernel()
     config = transformers.AutoConfig.from_pretrained(model_dir)
     wrapped = "vision_config" in config.to_dict()
     loader = (
         transformers.AutoModelForImageTextToText if wrapped else transformers.AutoModelForCausalLM
     )
-    model = loader.from_pretrained(model_dir, dtype=torch.bfloat16).eval()
+    dtype = getattr(torch, options.dtype)
+    model = loader.from_pretrained(model_dir, dtype=dtype).eval()
     stages.mark("load")
-    loop = calibration(model, model_dir, options.calibrate)
+    loop = calibration(model, model_dir, options.calibrate, options.ids)
     model = mtq.quantize(model, settings, forward_loop=loop)
     stages.mark("quantize")
     extra = mtp_tensors(model_dir) if options.mtp else None
@@ -164,6 +201,8 @@ def main() -> int:
     parser.add_argument("out")
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--calibrate", metavar="TEXT_FILE", default="")
+    parser.add_argument("--ids", metavar="IDS.json", default="")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--mtp", metavar="PREFIX", default="")
     options = parser.parse_args()
     row: dict[str, object] = {"tool": "modelopt", "recipe": options.recipe, "ok": True}

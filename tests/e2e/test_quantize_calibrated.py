@@ -218,7 +218,7 @@ def test_promoted_recipes_are_calibrated_too(ask: Ask, tmp_path: Path) -> None:
 
 def test_the_value_of_calibrate_is_optional(ask: Ask, tmp_path: Path) -> None:
     text = tmp_path / "own.txt"
-    text.write_text("words")
+    text.write_text("One story that goes on and on, and never ends. " * 900)
     for arguments in (["--calibrate"], ["--calibrate", "--effort", "best"], ["--calibrate", text]):
         answer = ask(
             "quantize", STORIES, tmp_path / "out", "-r", "nvfp4-all", "--dry-run", *arguments
@@ -371,3 +371,16 @@ def test_the_commands_that_judge_refuse_it(
     assert "seen.txt shares about" in answer.err
     assert "what out was calibrated on" in " ".join(answer.err.split())
     assert answer.out == ""
+
+
+def test_a_dry_run_reads_the_text_and_says_what_it_would_take(ask: Ask, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    common = (STORIES, out, "-r", "nvfp4-all", "--dry-run", "--calibrate")
+    done = ask("quantize", *common, "default", "--samples", 8, "--length", 256)
+    assert done.code == 0, done.err
+    assert "of memory at most" in done.err
+    assert "of disk for hidden states" in done.err
+    refused = ask("quantize", *common, tmp_path / "nowhere.txt")
+    assert refused.code == 1
+    assert "nowhere.txt" in refused.err
+    assert list(tmp_path.iterdir()) == []

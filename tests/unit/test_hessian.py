@@ -12,6 +12,7 @@ from nybble.calibrate.hessian import (
     column_order,
     damped,
     factorize,
+    factorize_ordered,
 )
 from nybble.calibrate.statistics import Moments, Statistics
 from nybble.errors import EngineError
@@ -43,6 +44,14 @@ def test_the_loss_is_the_sum_over_columns_of_what_each_misses() -> None:
     e = torch.randn((5, 32), generator=torch.Generator().manual_seed(3))
     direct = ((e @ h) * e).sum(-1)
     assert torch.allclose(((e @ factors.upper) ** 2) @ factors.importance, direct, rtol=1e-3)
+
+
+def test_an_order_may_be_given_with_the_matrix() -> None:
+    h = damped(inputs(90, 48).T @ inputs(90, 48), 0.01)
+    order = column_order(h.diagonal())
+    one, other = factorize(h[order][:, order]), factorize_ordered(h, order)
+    assert torch.equal(one.upper, other.upper)
+    assert torch.equal(one.importance, other.importance)
 
 
 def test_local_blocks_are_those_of_the_diagonal() -> None:

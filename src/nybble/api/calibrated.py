@@ -74,6 +74,15 @@ class Request:
         _refuse_suites(samples)
         return samples
 
+    def rehearse(self, plan: Plan, out: Path, *, threads: int, progress: Progress) -> None:
+        """Say what a run would be calibrated on, and the memory and disk that it would take;
+        nothing is computed. Raises what a run would raise before its first layer."""
+        samples = self.open_samples(plan, progress)
+        if plan.needs_data:
+            progress.say(f"to calibrate on {samples}, once input scales are measured")
+            return
+        self.calibration(plan, out, samples, threads=threads, progress=progress, scales=None)
+
     def calibration(
         self,
         plan: Plan,

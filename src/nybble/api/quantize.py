@@ -197,6 +197,7 @@ def quantize(
     and writes two a layer.
 
     `jobs` threads (default: all processors), shards of `shard_size` decimal bytes. With `dry_run`
+    a calibration's text is read and its memory said, where no input scales have to be known for it;
     nothing is measured or written. `on_plan` is called before the work begins. The result is
     audited before this returns. Raises, before anything is written, MissingExtra where measuring
     needs a library that is not installed, and RecipeError for a recipe without the data-free form
@@ -250,6 +251,8 @@ def quantize(
             refuse_missing(made)
         if on_plan is not None:
             on_plan(made)
+        if request is not None and stage == "dry run":
+            request.rehearse(made, target, threads=threads, progress=progress)
         clocks = [_clocks()]
         given = Prepared()
         must_run = stage in ("fresh", "interrupted")

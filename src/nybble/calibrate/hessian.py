@@ -46,19 +46,30 @@ def factorize(h: Tensor) -> Factors:
 
     In float32, and again in float64 where that fails. Raises NotPositiveDefinite.
     """
-    flipped = h.flip(-1, -2)
+    return _factors(h.flip(-1, -2))
+
+
+def factorize_ordered(h: Tensor, order: Tensor) -> Factors:
+    """The factors of h [K, K] with rows and columns in this order, int64 [K]: the same as
+    `factorize(h[order][:, order])`, and a copy or two of h cheaper."""
+    backwards = order.flip(0)
+    return _factors(h.index_select(0, backwards).index_select(1, backwards))
+
+
+def _factors(flipped: Tensor) -> Factors:
     lower, info = torch.linalg.cholesky_ex(flipped)
     if int(info.max()) > 0 or not bool(torch.isfinite(lower).all()):
         lower, info = torch.linalg.cholesky_ex(flipped.double())
         if int(info.max()) > 0 or not bool(torch.isfinite(lower).all()):
             raise NotPositiveDefinite(
-                f"a Hessian of {h.shape[-1]} channels is not positive definite (its leading minor "
-                f"of order {int(info.max())} is not); more calibration tokens or more damping help"
+                f"a Hessian of {flipped.shape[-1]} channels is not positive definite (its leading "
+                f"minor of order {int(info.max())} is not); more calibration tokens or more "
+                "damping help"
             )
         lower = lower.float()
-    upper = lower.flip(-1, -2)
-    roots = upper.diagonal(dim1=-2, dim2=-1)
-    return Factors((upper / roots[..., None, :]).contiguous(), roots.square().contiguous())
+    roots = lower.diagonal(dim1=-2, dim2=-1).clone()
+    lower /= roots[..., None, :]
+    return Factors(lower.flip(-1, -2).contiguous(), roots.flip(-1).square())
 
 
 def blocks_of(h: Tensor, damping: float) -> Factors:

@@ -32,7 +32,7 @@ from nybble.calibrate.hessian import (
     blocks_of,
     column_order,
     damped,
-    factorize,
+    factorize_ordered,
 )
 from nybble.calibrate.statistics import PLAIN_SHARE, RESIDUAL_SHARE
 from nybble.formats import search as definition
@@ -280,7 +280,7 @@ def gptq(unit: Tensor, h: Tensor, damping: float, effort: Effort, threads: int) 
     whole = damped(h, damping)
     k = len(h)
     order = column_order(whole.diagonal()) if effort.orders else torch.arange(k)
-    factors = factorize(whole[order][:, order])
+    factors = factorize_ordered(whole, order)
     blocks = order.view(-1, BLOCK)[:, 0] // BLOCK  # which block of the weight each one is
     found = Codes(
         torch.empty(unit.shape, dtype=torch.uint8),

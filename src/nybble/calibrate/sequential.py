@@ -123,6 +123,9 @@ class Calibration:
         """See Rounder: effort and samples; the sums depend on threads, processor and torch."""
         return {
             "effort": asdict(self.effort),
+            "source": self.samples.record.get("source"),
+            "asked": self.samples.record.get("asked"),
+            "all_experts": self.samples.all_experts,
             "samples": self.samples.record.get("sha256"),
             "tokens": self.passes.main.plan.tokens,
             MACHINE: self._conditions(),

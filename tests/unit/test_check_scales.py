@@ -688,7 +688,16 @@ def test_what_nybble_writes_without_data_has_no_warning(
     assert [f.message for f in found.findings if f.severity > Severity.NOTE] == []
 
 
+@pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
+def test_a_head_in_four_bits_is_warned_of_and_nothing_else(layout: str, tmp_path: Path) -> None:
+    source = ZOO.parent / "models" / "hybrid-chat-mtp"
+    quantize(source, tmp_path / "out", "nvfp4-mtp", layout=layout, data_free=True)
+    found = check(tmp_path / "out", source=source)
+    (warning,) = (f.message for f in found.findings if f.severity > Severity.NOTE)
+    assert "modules of the MTP head quantized to four bits" in warning
+
+
 def test_every_data_free_pair_of_recipe_and_layout_is_among_these() -> None:
     names = {p.stem for p in (ZOO.parent / "src/nybble/plan/recipes").glob("*.toml")}
     measured = {"nvfp4-experts-fp8", "nvfp4-redhat", "nvfp4-w4a4"}  # have no data-free form
-    assert names - measured == {"fp8", "mxfp4", "nvfp4", "nvfp4-all"}
+    assert names - measured == {"fp8", "mxfp4", "nvfp4", "nvfp4-all", "nvfp4-mtp"}

@@ -210,7 +210,8 @@ FN void NAME(take)(rounded *to, vm where, vi scale, int w, const vf (*q)[SIDE_BY
 FN void NAME(finish)(const block *b, const int wide, int passes, int is_first, const vi *scale, rounded *best) {
   vf s[SIDE_BY_SIDE], q[BLOCK][SIDE_BY_SIDE], error[BLOCK][SIDE_BY_SIDE], miss[BLOCK][SIDE_BY_SIDE];
   vf new_q[BLOCK][SIDE_BY_SIDE], new_error[BLOCK][SIDE_BY_SIDE], loss[SIDE_BY_SIDE], new_loss[SIDE_BY_SIDE];
-  for (int w = 0; w < wide; w++) s[w] = NAME(e4m3_value)(scale[w]);
+  s[0] = NAME(e4m3_value)(scale[0]);
+  for (int w = 1; w < wide; w++) s[w] = NAME(e4m3_value)(scale[w]);
   NAME(settle)(b, wide, s, 0, q, error, miss, loss);
   if (passes) {
     for (int k = 0; k < BLOCK; k++)

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +18,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import nybble
 import nybble.api.quantize as api
 import tiny
+from command_line import Answer, Ask, asking
 from nybble.checkpoint.disk import Disk
-from nybble.cli import main
 
 SOURCE = str(Path(nybble.__file__).parents[1])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": SOURCE, "COLUMNS": "120"}
 COMMANDS = ("plan", "quantize", "inspect", "diff", "doctor")
 
 
-@dataclass(frozen=True)
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
-Ask = Callable[..., Answer]
-
-
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """Run the command line in this process."""
-
-    def run(*arguments: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["nybble", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        capsys.readouterr()
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as done:
-            code = done.code or 0
-        out, err = capsys.readouterr()
-        return Answer(code, out, err)
-
-    return run
+    return asking(monkeypatch, capsys)
 
 
 def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -11,8 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import nybble
 import tiny
+from command_line import Ask, asking
 from nybble.api.calibrated import calibration_folder, refuse_calibrated_on
 from nybble.api.quantize import Result, quantize
 from nybble.calibrate.report import read_report
-from nybble.cli import main
 from nybble.errors import EvaluationError, NybbleError, RecipeError
 from nybble.evaluate.windows import load_suite
 
@@ -32,33 +30,9 @@ STORIES, CHAT = tiny.MODELS / "stories-hybrid-moe", tiny.MODELS / "hybrid-chat-m
 SMALL = ("--samples", 8, "--length", 128, "--jobs", 1)
 
 
-@dataclass(frozen=True)
-class Answer:
-    code: int
-    out: str
-    err: str
-
-
-Ask = Callable[..., Answer]
-
-
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """Run the command line in this process."""
-
-    def run(*arguments: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["nybble", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "120")
-        capsys.readouterr()
-        try:
-            main()
-            code: Any = 0
-        except SystemExit as done:
-            code = done.code or 0
-        out, err = capsys.readouterr()
-        return Answer(code, out, err)
-
-    return run
+    return asking(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -131,13 +131,13 @@ def test_every_job_is_reported_with_its_choice(tmp_path: Path) -> None:
 
 def test_the_fast_effort_needs_one_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
-    true_step = Stream.step
+    true_complete = Stream.complete
 
-    def step(self: Stream, number: int, *args: Any, **options: Any) -> None:
+    def complete(self: Stream, number: int) -> None:
         steps.append(number)
-        true_step(self, number, *args, **options)
+        true_complete(self, number)
 
-    monkeypatch.setattr(Stream, "step", step)
+    monkeypatch.setattr(Stream, "complete", complete)
     with planned(tmp_path / "m", "qwen3_5_moe", "nvfp4-all") as plan:
         calibrate(plan, tmp_path / "out", samples(VOCABULARY), "fast")
     assert steps == [0, 1, 2]

@@ -26,6 +26,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
+from command_line import Ask, asking
 from nybble.api.calibrated import calibration_folder
 from nybble.api.quantize import quantize
 from nybble.calibrate.scale_out import Conditions
@@ -36,7 +37,10 @@ from nybble.errors import EngineError
 pytestmark = pytest.mark.slow
 
 STORIES = Path(__file__).parents[2] / "models" / "stories-hybrid-moe"
-SMALL = {"calibrate": "default", "samples": 8, "length": 128, "jobs": 1}
+#: Three batches of what fits, one of what judges.
+SMALL = {"calibrate": "default", "samples": 40, "length": 128, "jobs": 1}
+#: Workers that are killed in one run: at most one in a kind of task, then any.
+MOST = 4
 RAY = Path(sys.executable).with_name("ray")
 
 
@@ -95,6 +99,19 @@ def started(folder: Path) -> Iterator[Cluster]:
     shutil.rmtree(sockets, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_shards() -> Iterator[None]:
+    """A shard for each batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nybble.stream.shards.SHARD_TOKENS", 1)
+        yield
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
+    return asking(monkeypatch, capsys)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a run without a cluster writes."""
@@ -126,7 +143,7 @@ def is_below(process: int, root: int, parents: dict[int, int]) -> bool:
 
 
 class Killer(threading.Thread):
-    """Kills (-9) workers that are at a task of nybble's, so many of them."""
+    """Kills (-9) workers that are at tasks of nybble's: so many, the first two of two kinds."""
 
     def __init__(self, root: int, most: int) -> None:
         super().__init__(daemon=True)
@@ -136,7 +153,9 @@ class Killer(threading.Thread):
     def run(self) -> None:
         while len(self.killed) < self.most and not self.stopped.wait(0.002):
             for process, title in titles(self.root).items():
-                if "nybble" in title and "_tasks" in title and process not in self.killed:
+                is_new = title not in self.killed.values() or len(self.killed) >= 2
+                is_ours = "nybble" in title and "_tasks" in title
+                if is_ours and is_new and process not in self.killed:
                     os.kill(process, signal.SIGKILL)
                     self.killed[process] = title
                     break
@@ -152,17 +171,31 @@ def test_two_workers_write_the_bytes_of_a_run_without_them(
     assert "mixed" not in json.loads((out / "report.json").read_text())["conditions"]
 
 
+def test_the_command_does_it_too(
+    cluster: Cluster, alone: dict[str, bytes], tmp_path: Path, ask: Ask
+) -> None:
+    out = tmp_path / "out"
+    sizes = ("--samples", str(SMALL["samples"]), "--length", str(SMALL["length"]), "--jobs", "1")
+    done = ask(
+        *("quantize", str(STORIES), str(out), "--recipe", "nvfp4-all", "--calibrate", "default"),
+        *(*sizes, "--ray", cluster.address),
+    )
+    assert done.code == 0, done.err
+    assert tiny.tree(out) == alone
+
+
 def test_a_killed_worker_costs_its_task_and_nothing_else(
     cluster: Cluster, alone: dict[str, bytes], tmp_path: Path
 ) -> None:
-    killer = Killer(cluster.root, 2)
+    killer = Killer(cluster.root, MOST)
     killer.start()
     try:
         quantize(STORIES, tmp_path / "out", "nvfp4-all", ray=cluster.address, **SMALL)
     finally:
         killer.stopped.set()
         killer.join()
-    assert len(killer.killed) == 2  # or nothing was shown
+    assert len(killer.killed) == MOST  # or nothing was shown
+    assert len(set(killer.killed.values())) > 1, "tasks of one kind alone"
     assert tiny.tree(tmp_path / "out") == alone
 
 

@@ -153,6 +153,41 @@ def test_massive_tokens_that_come_late_do_not_drown_the_others() -> None:
     assert shares[0] < 0.5  # 0.9 and more by the first rows alone
 
 
+def test_parts_measured_apart_are_added() -> None:
+    x, residuals = inputs(90, 24), torch.linspace(0.5, 9, 90)
+    whole, later = Moments(24), Moments(24)
+    whole.add(x[:50], residuals=residuals[:50])
+    later.add(x[50:], residuals=residuals[50:])
+    expected = whole.sum + later.sum
+    whole.merge(later)
+    assert torch.equal(whole.sum, expected)
+    assert whole.tokens == 90
+    assert whole.energy == pytest.approx(float(x.square().mean()), rel=1e-5)
+    assert whole.residual == pytest.approx(float(residuals.mean()), rel=1e-5)
+    energies = x.square().mean(-1)
+    assert whole.peak == pytest.approx(float(energies.max() / energies.median()), rel=1e-4)
+    whole.merge(Moments(24))
+    assert torch.equal(whole.sum, expected)
+
+
+def test_what_judges_apart_is_measured_by_what_fits() -> None:
+    x, hidden = inputs(30, 8), inputs(30, 5)
+    both, fit = Statistics({"a"}, {"router"}), Statistics({"a"}, {"router"})
+    for known in (both, fit):
+        known.begin(is_guard=False, hidden=hidden[:20])
+        known.linear(("a",), x[:20])
+        known.linear(("router",), x[:20])
+    apart = fit.empty()
+    for known in (both, apart):
+        known.begin(is_guard=True, hidden=hidden[20:])
+        known.linear(("a",), x[20:])
+        known.linear(("router",), x[20:])
+    fit.merge(apart)
+    assert torch.equal(fit.guard["a",].sum, both.guard["a",].sum)
+    assert torch.equal(fit.fit["a",].sum, both.fit["a",].sum)
+    assert torch.equal(torch.cat(fit.kept["router",]), x)
+
+
 def test_weights_count_rows_several_times() -> None:
     x = inputs(12, 8)
     weights = torch.tensor([3.0, 0.0] * 6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -32,10 +33,16 @@ from nybble.calibrate.scale_out import (
 )
 from nybble.calibrate.scale_out_ray import RayWorkers, connected, validated
 from nybble.calibrate.sequential import Calibration
+from nybble.calibrate.shard_tasks import ShardTask
+from nybble.calibrate.statistics import Statistics
 from nybble.checkpoint.reader import Checkpoint
 from nybble.errors import EngineError, MissingExtra, NybbleError, RecipeError
+from nybble.formats.block import FORMATS
+from nybble.formats.scheme import SCHEMES
 from nybble.progress import Progress
+from nybble.quantize.input_scales import InputScales
 from nybble.quantize.run import Options, execute
+from nybble.stream import memory
 
 HERE = Conditions("1", "cpu avx2", "2.13.0", "AVX2")
 
@@ -74,21 +81,49 @@ def _run(sent: bytes) -> bytes:
     return pickle.dumps(run(task))
 
 
-def calibrated(model: Path, out: Path, threads: int, workers: Elsewhere | None) -> None:
+def calibrated(
+    model: Path,
+    out: Path,
+    threads: int,
+    workers: Elsewhere | None,
+    effort: str = "default",
+    recipe: str = "nvfp4-all",
+) -> None:
     with Checkpoint.open(model) as checkpoint:
-        plan = plan_of(checkpoint, "nvfp4-all")
+        plan = plan_of(checkpoint, recipe)
+        names = [m.module for j in plan.jobs if j.scheme.needs_input_scale for m in j.members]
+        scales = InputScales(dict.fromkeys(names, 0.0078125), (), 2.0, 1) if names else None
         rounder = Calibration(
             plan,
-            samples(67, (30, 17, 40), frozenset({1})),
-            replace(EFFORTS["default"], dampings=(0.03,)),
+            samples(67, (30, 17, 40, 25, 31), frozenset({1, 4})),
+            replace(EFFORTS[effort], dampings=(0.03,)),
             spill=out.with_name(out.name + ".calibration"),
             threads=threads,
             progress=Progress(),
+            input_scales=scales.values if scales else None,
             workers=workers,
         )
         execute(
-            plan, out, Options(threads=threads), version="1", progress=Progress(), rounder=rounder
+            plan,
+            out,
+            Options(threads=threads),
+            version="1",
+            progress=Progress(),
+            input_scales=scales,
+            rounder=rounder,
         )
+
+
+@pytest.fixture
+def in_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each window of `calibrated` a batch and a shard of its own."""
+    monkeypatch.setattr("nybble.stream.shards.SHARD_TOKENS", 1)
+    true = memory._plan
+
+    def plan(network: Any, lengths: Any, tokens: int, spills: bool, breaks: Any) -> Any:
+        return true(network, lengths, 1, spills, breaks)
+
+    monkeypatch.setattr(memory, "_plan", plan)
 
 
 @pytest.fixture
@@ -111,7 +146,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_tasks_done_elsewhere_make_the_same_checkpoint(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_shards: None, threads: int
 ) -> None:
     """Codes, scales and both reports, with jobs cut into parts and experts into groups."""
     monkeypatch.setattr("nybble.calibrate.stage_rounding.PART_WEIGHTS", 1024)
@@ -120,11 +155,54 @@ def test_tasks_done_elsewhere_make_the_same_checkpoint(
     workers = Elsewhere()
     calibrated(model, tmp_path / "there", threads, workers)
     assert tiny.tree(tmp_path / "there") == tiny.tree(tmp_path / "here")
-    kinds = {type(task).__name__ for task in workers.done}
-    assert kinds >= {"DenseTask", "ExpertTask"}
+    kinds = Counter(type(task).__name__ for task in workers.done)
+    assert set(kinds) == {"DenseTask", "ExpertTask", "ShardTask"}
+    assert kinds["ShardTask"] == 2 * 3 * 5  # layers, passes, windows
     assert workers.task_bytes > 1 << 28
     left = sorted(p.name for p in tmp_path.iterdir())
     assert left == ["here", "model", "there"]  # neither matrices nor hidden states
+
+
+@pytest.mark.parametrize(
+    ("effort", "recipe"), [("fast", "nvfp4-all"), ("default", "nvfp4-w4a4"), ("default", "nvfp4")]
+)
+def test_shards_of_one_pass_and_of_rounded_inputs(
+    model: Path, tmp_path: Path, in_shards: None, effort: str, recipe: str
+) -> None:
+    calibrated(model, tmp_path / "here", 1, None, effort, recipe)
+    workers = Elsewhere()
+    calibrated(model, tmp_path / "there", 1, workers, effort, recipe)
+    assert tiny.tree(tmp_path / "there") == tiny.tree(tmp_path / "here")
+    shards = [task for task in workers.done if isinstance(task, ShardTask)]
+    assert {task.is_guard for task in shards if isinstance(task.notes, Statistics)} == {True, False}
+    assert {task.held is not None for task in shards} == (
+        {False} if effort == "fast" else {False, True}
+    )
+
+
+def test_an_attempt_that_was_killed_leaves_nothing_that_another_takes(
+    model: Path, tmp_path: Path, in_shards: None
+) -> None:
+    """Every task done twice, the first time for nothing: as if its worker had died at its end."""
+
+    class Twice(Elsewhere):
+        def map(self, run: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+            tasks = list(tasks)
+            for task in tasks:
+                _run(pickle.dumps((run, task)))
+            return super().map(run, tasks)
+
+    calibrated(model, tmp_path / "here", 1, None)
+    calibrated(model, tmp_path / "there", 1, Twice())
+    assert tiny.tree(tmp_path / "there") == tiny.tree(tmp_path / "here")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "model", "there"]
+
+
+@pytest.mark.parametrize("table", [FORMATS, SCHEMES])
+def test_formats_are_themselves_in_another_process(table: dict[str, Any]) -> None:
+    """They are compared by identity."""
+    for one in table.values():
+        assert pickle.loads(pickle.dumps(one)) is one
 
 
 def test_a_process_of_its_own_makes_the_same_checkpoint(model: Path, tmp_path: Path) -> None:

@@ -4,12 +4,17 @@ takes."""
 from __future__ import annotations
 
 import json
+import pickle
+import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import tiny
 from nybble.checkpoint.reader import Checkpoint
@@ -19,8 +24,10 @@ from nybble.models.linear import Mode
 from nybble.models.model import Model
 from nybble.models.sequence import SequenceState
 from nybble.models.state import make_batch
+from nybble.stream import shards
 from nybble.stream.executor import Stream
 from nybble.stream.memory import plan_stream
+from nybble.stream.shards import ShardForward
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 MODE = Mode(Compute("bf16", 2))
@@ -57,6 +64,62 @@ def test_streamed_is_whole_bitwise(folder: Path, tmp_path: Path, spills: bool) -
             assert torch.equal(found, whole(model, window))
         stream.close()
     assert not (tmp_path / "spill").exists()
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=30),
+    limit=st.integers(1, 700),
+    seed=st.integers(0, 99),
+)
+def test_shards_hold_every_window_once_and_cross_no_break(
+    lengths: list[int], limit: int, seed: int
+) -> None:
+    draw = random.Random(seed)
+    texts = [torch.full((n,), i) for i, n in enumerate(lengths)]
+    breaks = {i for i in range(len(lengths)) if draw.random() < 0.1}
+    batches: list[list[int]] = []
+    for i in range(len(lengths)):
+        if not batches or i in breaks or draw.random() < 0.5:
+            batches.append([])
+        batches[-1].append(i)
+    with mock.patch.object(shards, "SHARD_TOKENS", limit):
+        found = shards.shards_of(texts, batches, breaks, "bf16")
+    assert [int(w[0]) for s in found for w in s.windows] == list(range(len(lengths)))
+    assert [[s.first + i for i in b] for s in found for b in s.batches] == batches
+    rows = 0
+    for shard in found:
+        assert shard.start == rows
+        rows += shard.rows
+        assert shard.rows <= limit or len(shard.batches) == 1
+        assert not breaks.intersection(range(shard.first + 1, shard.first + len(shard.windows)))
+
+
+def test_shards_computed_by_themselves_change_no_bit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As somebody else does who is sent the shard alone, in any order."""
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 100)
+    with Checkpoint.open(folder) as checkpoint:
+        model = Model(checkpoint)
+        tokens = plan_stream(model.network, LENGTHS, batch_tokens=130).private_bytes
+        stream = Stream(model, windows(), MODE, limit_bytes=tokens)
+        assert len(stream.shards) > 2
+        stream.begin()
+        for number in range(model.network.dims.layers):
+            layer = model.weights.layer(number)
+            assert stream.hidden is not None
+            read = stream.hidden.read
+            sent = [pickle.loads(pickle.dumps(shard)) for shard in stream.shards]
+            apart = [
+                rows.clone()
+                for shard in reversed(sent)
+                for rows in torch.cat(
+                    [r for _, r in ShardForward(model, shard).through(number, layer, MODE, read)]
+                )[None]
+            ]
+            stream.step(number, layer)
+            together = stream.hidden.read(0, sum(LENGTHS))
+            assert torch.equal(torch.cat(apart[::-1]), together)
 
 
 def test_smaller_batches_change_no_bit(folder: Path) -> None:

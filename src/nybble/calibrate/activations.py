@@ -10,7 +10,8 @@ quantized inputs as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from nybble.errors import RecipeError
 from nybble.formats.scheme import Activation
 from nybble.models.simulate import fake_quantize
+from nybble.plan.jobs import Job
 from nybble.plan.plan import Plan
 
 
@@ -55,6 +57,13 @@ class QuantizedInputs:
                     )
                 scale = scales[m.module] if activation.has_input_scale else None
                 self.by_module[m.module] = InputRounding(activation, scale)
+
+    def only(self, jobs: Iterable[Job]) -> QuantizedInputs:
+        """The same for the modules of these jobs: what is sent to others should be small."""
+        found = copy(self)
+        modules = [m.module for job in jobs for m in job.members]
+        found.by_module = {m: self.by_module[m] for m in modules if m in self.by_module}
+        return found
 
     def of(self, module: str) -> InputRounding | None:
         """How this module's input is rounded; None: it is not."""

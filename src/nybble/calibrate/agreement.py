@@ -27,6 +27,10 @@ class Choices:
     def experts(self, modules: Sequence[tuple[str, ...]], x: Tensor, counts: Tensor) -> None:
         """See models.linear.Observer."""
 
+    def add(self, chosen: Tensor) -> None:
+        """Those of tokens that come later, int32 [M, top], noted elsewhere."""
+        self._chosen.append(chosen)
+
     @property
     def chosen(self) -> Tensor:
         """int32 [T, top]."""

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nybble.calibrate.expert_tasks import Mapped
-from nybble.calibrate.experts import append
 from nybble.calibrate.measuring import torch_threads
 from nybble.calibrate.rounding import Choice, Effort, Evidence, Rung, round_group
+from nybble.calibrate.task_files import Mapped, append
 from nybble.checkpoint.reader import Checkpoint
 from nybble.formats.element import U8Array
 from nybble.plan.jobs import Member

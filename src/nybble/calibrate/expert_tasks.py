@@ -20,7 +20,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nybble.calibrate.expert_evidence import (
@@ -35,6 +34,7 @@ from nybble.calibrate.expert_evidence import (
 )
 from nybble.calibrate.measuring import torch_threads
 from nybble.calibrate.rounding import Choice, Effort, round_group
+from nybble.calibrate.task_files import Mapped
 from nybble.checkpoint.reader import Checkpoint
 from nybble.formats.element import U8Array
 from nybble.formats.scheme import NVFP4_W4A4
@@ -57,24 +57,6 @@ _WEIGHT_COPIES, _HESSIAN_COPIES = 8, 8
 #: Memory of the experts that are worked on at the same time; one is always.
 WORK_BYTES = 2 * 10**9
 _FLOAT = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """A float32 matrix in a file."""
-
-    path: Path
-    shape: tuple[int, int]
-
-    def open(self) -> NDArray[np.float32]:
-        """The matrix, mapped: pages that the system takes back at will."""
-        if not self.shape[0]:
-            return np.empty(self.shape, np.float32)
-        return np.memmap(self.path, np.float32, "r", shape=self.shape)
-
-    def read(self) -> Tensor:
-        """The matrix, in memory of its own."""
-        return torch.from_numpy(np.array(self.open()))
 
 
 @dataclass(frozen=True, slots=True)

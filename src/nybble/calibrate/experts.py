@@ -7,9 +7,7 @@ after the other or wherever `runner` sends them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,6 @@ from nybble.calibrate.expert_evidence import Known, Seen, measured
 from nybble.calibrate.expert_tasks import (
     ExpertJob,
     ExpertTask,
-    Mapped,
     Part,
     RoundedRows,
     rounded,
@@ -31,7 +28,8 @@ from nybble.calibrate.expert_tasks import (
 )
 from nybble.calibrate.measuring import torch_threads
 from nybble.calibrate.rounding import Choice, Effort
-from nybble.errors import CheckpointError, EngineError
+from nybble.calibrate.task_files import Mapped, append, scratch_folder
+from nybble.errors import EngineError
 from nybble.formats.block import NVFP4
 from nybble.formats.element import F32Array
 from nybble.formats.tensor import BlockScaledTensor
@@ -214,27 +212,3 @@ def _tensors(
         )
         at += m.shape[0]
     return tensors
-
-
-@contextmanager
-def scratch_folder(folder: Path) -> Iterator[Path]:
-    """A folder for the files of one layer, gone afterwards; its absolute path."""
-    scratch = folder.absolute()
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def append(file: Path, rows: Tensor) -> None:
-    """Write rows behind those that are there. Raises CheckpointError where that cannot be."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab") as opened:
-            opened.write(rows.contiguous().numpy().data)
-    except OSError as error:
-        raise CheckpointError(
-            f"{file}: cannot hold what tasks read: {error.strerror}; free space there, or "
-            "name another folder"
-        ) from error

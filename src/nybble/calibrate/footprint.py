@@ -35,8 +35,8 @@ class Footprint:
     """Bytes of private memory, by what takes them; `disk_bytes` of hidden states.
 
     `kept_bytes` is what a layer is known by (Hessians, inputs of a mixture), `forward_bytes` what a
-    batch computes with, `rounding_bytes` what the largest group takes, `rounded_bytes` the layer's
-    new weights. All of the stage that takes most, `stage`.
+    batch computes with and its shard is measured in, `rounding_bytes` what the largest group takes,
+    `rounded_bytes` the layer's new weights. All of the stage that takes most, `stage`.
     """
 
     stage: str
@@ -45,6 +45,12 @@ class Footprint:
     rounding_bytes: int
     rounded_bytes: int
     disk_bytes: int
+
+    @property
+    def task_bytes(self) -> int:
+        """What a worker takes for the dearest of a layer's tasks, the weights it is sent included;
+        a shard is known by less than the whole layer."""
+        return max(self.forward_bytes + self.kept_bytes + self.rounded_bytes, self.rounding_bytes)
 
     @property
     def private_bytes(self) -> int:
@@ -100,7 +106,8 @@ def _of_stage(
     dense = [job for job in chosen if not _is_expert(job)]
     experts = [job for job in chosen if _is_expert(job)]
     dims = network.dims
-    kept = sum(2 * _FLOAT * job.members[0].shape[1] ** 2 for job in dense)
+    matrices = sum(_FLOAT * job.members[0].shape[1] ** 2 for job in dense)
+    kept = 2 * matrices  # fit and guard
     rounding = max((_group_bytes(job) for job in dense), default=0)
     if experts:
         kept += stream.tokens * dims.hidden * _FLOAT
@@ -121,7 +128,7 @@ def _of_stage(
     return Footprint(
         stages.title(number),
         kept,
-        held + cached,
+        held + cached + matrices,
         held + rounding,
         rounded,
         streams * stream.disk_bytes,

@@ -15,7 +15,7 @@ routers needs no teacher. Knows neither how codes are chosen nor what becomes of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,15 +25,17 @@ from nybble.calibrate.activations import QuantizedInputs
 from nybble.calibrate.agreement import Agreement, Choices, agreement
 from nybble.calibrate.calibration_progress import CalibrationProgress
 from nybble.calibrate.experts import RoundedJob
-from nybble.calibrate.measuring import Measured, torch_threads
+from nybble.calibrate.measuring import torch_threads
+from nybble.calibrate.shard_tasks import Notes, noting
 from nybble.calibrate.stage_rounding import StageRounding
 from nybble.calibrate.stages import Stages
 from nybble.calibrate.statistics import Statistics
+from nybble.calibrate.sweeps import Sweep
 from nybble.errors import CheckpointError
 from nybble.kernels.compute import Compute
 from nybble.models.feed_forward import MixtureOfExperts
 from nybble.models.layer import Layer
-from nybble.models.linear import Mode, Observer
+from nybble.models.linear import Mode
 from nybble.models.loader import Held
 from nybble.models.model import Model
 from nybble.plan.jobs import Job
@@ -156,24 +158,18 @@ class Passes:
     def _layer(self, number: int) -> Finished:
         weights = self.model.weights
         layer = weights.layer(number)
-        mixture = _mixture(layer)
         jobs = self.stages.jobs.get(number, ())
-        statistics = self.rounding.statistics(jobs, mixture, self.quantized)
-        before = self._choices(mixture)
+        statistics = self.rounding.statistics(jobs, layer.mixture, self.quantized.only(jobs))
+        before = self._choices(layer)
         if self.teacher is not None and self.student is not None:
             self.told.doing("teacher")
-            self.teacher.step(number, layer, self._mode(before))
+            self._send(self._sweep(self.teacher, number, layer), before)
         if self.student is None or jobs:
             self.told.doing("statistics")
-            self.main.step(
-                number,
-                layer,
-                self._mode(statistics),
-                keeps=self.student is None,
-                before=self._sides(statistics),
-            )
+            sweep = self._sweep(self.main, number, layer)
+            self._send(sweep, statistics, keeps=self.student is None)
         peaks = _peaks(statistics)
-        rounded = self._rounded(jobs, statistics, mixture)
+        rounded = self._rounded(jobs, statistics, layer.mixture)
         del statistics  # the next pass needs the memory
         agreed = self._go_on(number, rounded, before) if self.student is not None else None
         weights.drop_layer(number)
@@ -184,16 +180,19 @@ class Passes:
     ) -> Agreement | None:
         """The student's hidden states through the layer as it is now."""
         assert self.student is not None
-        weights = self.model.weights
+        weights, scales = self.model.weights, self.rounding.input_scales
         self.told.doing("student")
-        for found in rounded:
-            for module, tensor in found.tensors.items():
-                scale = self.rounding.input_scales.get(module)
-                weights.hold(module, Held(tensor, found.job.scheme.input, scale))
+        held = {
+            module: Held(tensor, found.job.scheme.input, scales.get(module))
+            for found in rounded
+            for module, tensor in found.tensors.items()
+        }
+        for module, one in held.items():
+            weights.hold(module, one)
         try:
             layer = weights.layer(number)
-            after = self._choices(_mixture(layer))
-            self.student.step(number, layer, self._mode(after, simulate=True))
+            after = self._choices(layer)
+            self._send(self._sweep(self.student, number, layer, simulate=True, held=held), after)
         finally:
             weights.release()
         if before is None or after is None:
@@ -216,10 +215,11 @@ class Passes:
         jobs = self.stages.jobs[self.stages.mtp]
         head = self.model.mtp
         assert head is not None, "jobs of an MTP head that the model does not have"
-        mixture = _mixture(head.layer)
+        mixture = head.layer.mixture
         statistics = self.rounding.statistics(jobs, mixture, self.quantized)
         self.told.doing("statistics")
-        mode, final = self._mode(statistics), self._final(statistics)
+        mode = noting(statistics, self.compute, simulate=False)
+        final = self._final(statistics)
         for _, rows in draft_states(self.model, self.main.windows, final, mode):
             self.told.advance(len(rows), head.layer.name)
         peaks = _peaks(statistics)
@@ -249,26 +249,30 @@ class Passes:
             statistics.begin(is_guard=window >= self.first_guard)
             yield window, rows
 
-    def _sides(self, statistics: Statistics) -> Callable[[Sequence[int], Tensor], None]:
-        """Tells statistics whether the next windows fit or judge, and what goes into the layer."""
-        return lambda windows, rows: statistics.begin(
-            is_guard=windows[0] >= self.first_guard, hidden=rows
-        )
+    def _sweep(
+        self,
+        stream: Stream,
+        number: int,
+        layer: Layer,
+        *,
+        simulate: bool = False,
+        held: Mapping[str, Held] | None = None,
+    ) -> Sweep:
+        return Sweep(stream, number, layer, self.first_guard, self.compute, simulate, held)
 
-    def _mode(self, observer: Observer | None, *, simulate: bool = False) -> Mode:
-        measured = None if observer is None else Measured(observer, self.rounding.threads)
-        return Mode(self.compute, measured, simulate)
+    def _send(self, sweep: Sweep, notes: Notes, *, keeps: bool = True) -> None:
+        """By workers, where there are some."""
+        if self.rounding.workers is None:
+            sweep.here(notes, keeps=keeps)
+        else:
+            folder = self.rounding.folder
+            sweep.by(self.rounding.workers, notes, keeps=keeps, folder=folder)
 
-    def _choices(self, mixture: MixtureOfExperts | None) -> Choices | None:
+    def _choices(self, layer: Layer) -> Choices | None:
         """Who notes where tokens go, where there are two to compare."""
-        if mixture is None or len(self.streams) < 2:
+        if layer.mixture is None or len(self.streams) < 2:
             return None
-        return Choices(mixture, Mode(self.compute))
-
-
-def _mixture(layer: Layer) -> MixtureOfExperts | None:
-    found = layer.feed_forward
-    return found if isinstance(found, MixtureOfExperts) else None
+        return Choices(layer.mixture, Mode(self.compute))
 
 
 def _peaks(statistics: Statistics) -> dict[str, float]:

@@ -111,7 +111,7 @@ class Calibration:
         self.footprint.refuse_more_than(limit_bytes)
         self.workers = workers
         if workers is not None:
-            workers.reserve(self.footprint.rounding_bytes + _WORKER_BYTES)
+            workers.reserve(self.footprint.task_bytes + _WORKER_BYTES)
         self.records: dict[int, StageRecord] = {}
         self._next = 0  # the stage that comes next
         self._tensors: dict[str, BlockScaledTensor] = {}

@@ -20,11 +20,12 @@ from torch import Tensor
 from nybble.calibrate.dense_tasks import DenseTask, RoundedPart, Rows, StoredEvidence, store
 from nybble.calibrate.dense_tasks import run_task as run_dense
 from nybble.calibrate.expert_tasks import run_task as run_experts
-from nybble.calibrate.experts import RoundedJob, round_experts, scratch_folder
+from nybble.calibrate.experts import RoundedJob, round_experts
 from nybble.calibrate.rounding import Choice, Effort, Evidence
 from nybble.calibrate.scale_out import Workers
 from nybble.calibrate.stages import is_rounded
 from nybble.calibrate.statistics import Moments, Rounding, Statistics
+from nybble.calibrate.task_files import scratch_folder
 from nybble.formats.block import NVFP4
 from nybble.formats.element import F32Array
 from nybble.formats.search import Search

@@ -11,15 +11,16 @@ is that of any other token. So the weight of a token is the sum of three:
 with e the energy (mean square) of its input x, and r that of the residual stream that goes into the
 layer: most tokens alike, some share p by what they weigh here, some share s by what they weigh in
 the stream, which is where sinks stand out. H = sum of w x x^T is scaled to a mean diagonal of 1.
-One matrix is kept, so a batch is measured by the means of all rows up to its own: where massive
-tokens come late they do not weigh what they would against the first rows alone.
+One matrix is kept, so a batch is measured by the means of all rows of its shard up to its own:
+where massive tokens come late they do not weigh what they would against the first rows alone.
+Shards are measured apart, wherever that is done, and added in their order.
 
 Source: GPTQ (Frantar et al. 2022) for H; docs/calibration.md for the weights of tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from nybble.errors import EngineError
 #: p and s above, chosen on SmolLM2-135M by the divergence of the whole model (docs/numbers.md).
 PLAIN_SHARE = 0.25
 RESIDUAL_SHARE = 0.1
+#: The mean energies of an input and of the residual stream, None: unknown.
+Means = tuple[float | None, float | None]
 #: The function that an engine rounds a linear's input with: (modules, x) -> x.
 Rounding = Callable[[tuple[str, ...], Tensor], Tensor]
 
@@ -48,6 +51,14 @@ class _Mean:
         self._sum += float(values.double().sum())
         self._count += len(values)
         return self._sum / self._count
+
+    def with_others(self, other: _Mean) -> float | None:
+        """The mean with those of another among the values; None where neither has any."""
+        if self.known is not None:
+            return self.known
+        self._sum += other._sum
+        self._count += other._count
+        return self._sum / self._count if self._count else None
 
 
 class Moments:
@@ -118,6 +129,14 @@ class Moments:
         self.residual = self._residual.with_rows(residuals)
         return rest + self.residual_share * residuals / self.residual
 
+    def merge(self, later: Moments) -> None:
+        """Add what was measured of rows that come later."""
+        self.sum += later.sum
+        self.tokens += later.tokens
+        self._energies += later._energies
+        self.energy = self._energy.with_others(later._energy)
+        self.residual = self._residual.with_others(later._residual)
+
     def mixed(self) -> Tensor:
         """H float32 [K, K], mean diagonal 1; zeros where nothing was seen."""
         mean = float(self.sum.diagonal().mean())
@@ -137,7 +156,8 @@ class Statistics:
 
     `wanted` are the modules whose inputs count, `kept` those whose input is kept row by row (the
     router's: what a mixture's experts see is made of it). `rounded` is what an engine does to an
-    input before the matmul, where a scheme quantizes activations.
+    input before the matmul, where a scheme quantizes activations. `means` are the energies, of an
+    input and of the residual stream, that rows which judge are measured by where none here fit.
     """
 
     def __init__(
@@ -148,7 +168,9 @@ class Statistics:
         *,
         plain_share: float = PLAIN_SHARE,
         residual_share: float = RESIDUAL_SHARE,
+        means: Mapping[tuple[str, ...], Means] | None = None,
     ) -> None:
+        self.means = dict(means or {})
         self.wanted, self.kept_modules = frozenset(wanted), frozenset(kept)
         self.rounded = rounded
         self.plain_share, self.residual_share = plain_share, residual_share
@@ -176,12 +198,11 @@ class Statistics:
             x = self.rounded(modules, x)
         known = self.guard if self._is_guard else self.fit
         if modules not in known:
-            # What judges weighs tokens as what is judged by it.
-            fitted = self.fit.get(modules) if self._is_guard else None
+            energy, residual = self._means(modules) if self._is_guard else (None, None)
             known[modules] = Moments(
                 x.shape[1],
-                fitted.energy if fitted else None,
-                residual=fitted.residual if fitted else None,
+                energy,
+                residual=residual,
                 plain_share=self.plain_share,
                 residual_share=self.residual_share,
             )
@@ -189,3 +210,32 @@ class Statistics:
 
     def experts(self, modules: Sequence[tuple[str, ...]], x: Tensor, counts: Tensor) -> None:
         """See models.linear.Observer: experts are measured from the router's input instead."""
+
+    def empty(self) -> Statistics:
+        """Who measures rows that come later apart from these, to be merged."""
+        return Statistics(
+            self.wanted,
+            self.kept_modules,
+            self.rounded,
+            plain_share=self.plain_share,
+            residual_share=self.residual_share,
+            means={modules: (m.energy, m.residual) for modules, m in self.fit.items()},
+        )
+
+    def merge(self, later: Statistics) -> None:
+        """Add what was measured of rows that come later; its matrices may be taken over."""
+        for mine, others in ((self.fit, later.fit), (self.guard, later.guard)):
+            for modules, moments in others.items():
+                if modules in mine:
+                    mine[modules].merge(moments)
+                else:
+                    mine[modules] = moments
+        for modules, rows in later.kept.items():
+            self.kept.setdefault(modules, []).extend(rows)
+
+    def _means(self, modules: tuple[str, ...]) -> Means:
+        """What judges weighs tokens as what is judged by it."""
+        fitted = self.fit.get(modules)
+        if fitted is None:
+            return self.means.get(modules, (None, None))
+        return fitted.energy, fitted.residual

@@ -27,6 +27,9 @@ class BlockFormat:
     scale: ElementFormat
     has_tensor_scale: bool
 
+    def __reduce__(self) -> str:
+        return self.name.upper()  # formats are compared by identity: another process takes its own
+
     def __str__(self) -> str:
         return self.name
 

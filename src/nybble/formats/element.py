@@ -29,6 +29,9 @@ class ElementFormat:
     min: float
     dtype: np.dtype[np.generic] | None  # the numpy storage type; None where codes are packed
 
+    def __reduce__(self) -> str:
+        return self.name.upper()  # formats are compared by identity: another process takes its own
+
     def __str__(self) -> str:
         return self.name
 

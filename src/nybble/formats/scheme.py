@@ -5,6 +5,7 @@ A scheme says what a layout must declare and what an engine will run; it knows n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nybble.formats.block import FP8, FP8_BLOCK, FP8_CHANNEL, MXFP4, NVFP4, BlockFormat
@@ -32,6 +33,9 @@ class Scheme:
     name: str
     weight: BlockFormat | None
     input: Activation | None
+
+    def __reduce__(self) -> tuple[Callable[[str], Scheme], tuple[str]]:
+        return _scheme, (self.name,)  # compared by identity: another process takes its own
 
     def __str__(self) -> str:
         return self.name
@@ -71,3 +75,7 @@ SCHEMES: dict[str, Scheme] = {
         FP8_BLOCK_DYNAMIC,
     )
 }
+
+
+def _scheme(name: str) -> Scheme:
+    return SCHEMES[name]

@@ -29,6 +29,11 @@ class Layer:
     input_norm: Tensor
     post_norm: Tensor
 
+    @property
+    def mixture(self) -> MixtureOfExperts | None:
+        """Its experts, where it has some."""
+        return self.feed_forward if isinstance(self.feed_forward, MixtureOfExperts) else None
+
     def __call__(self, x: Tensor, batch: Batch, cache: Cache, mode: Mode) -> Tensor:
         """x float32 [T, H] -> float32 [T, H]. Raises EngineError, naming the place, for NaN."""
         hidden = self._normed(x, mode)

@@ -10,42 +10,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from nybble.errors import EngineError, TextError
+from nybble.errors import TextError
 from nybble.kernels.dispatch import choose
 from nybble.models.linear import Mode
 from nybble.models.model import Model
-from nybble.models.sequence import SequenceState
-from nybble.models.state import (
-    Batch,
-    Cache,
-    PagePool,
-    StatePool,
-    make_batch,
-)
-from nybble.models.threads import torch_alone
 from nybble.progress import Progress
 from nybble.stream.memory import StreamPlan, plan_stream
+from nybble.stream.shards import AnyLayer, Shard, ShardForward, shards_of
 from nybble.stream.spill import HiddenStates, InMemory, OnDisk, offsets, remove_spill
-
-
-class AnyLayer(Protocol):
-    """What a step sends windows through: a layer, or one that stands in for it."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        ...
-
-    def __call__(self, x: Tensor, batch: Batch, cache: Cache, mode: Mode) -> Tensor:
-        """As models.layer.Layer."""
-        ...
 
 
 class Stream:
@@ -91,6 +68,10 @@ class Stream:
             limit_bytes=limit_bytes,
             breaks=breaks,
         )
+        self.shards: tuple[Shard, ...] = shards_of(
+            self.windows, self.plan.batches, breaks, page_dtype
+        )
+        self._forwards = [ShardForward(model, shard) for shard in self.shards]
         self.hidden: HiddenStates | None = None
 
     def run(self) -> None:
@@ -114,42 +95,59 @@ class Stream:
         return hidden.done
 
     def step(
-        self,
-        number: int,
-        layer: AnyLayer,
-        mode: Mode | None = None,
-        *,
-        keeps: bool = True,
-        before: Callable[[Sequence[int], Tensor], None] | None = None,
+        self, number: int, layer: AnyLayer, mode: Mode | None = None, *, keeps: bool = True
     ) -> None:
         """Send all windows through layer `number`, which is the next one.
 
         `layer` may be another one than the file's: made while other weights are held. `mode` is
         this step's, else the stream's. Without `keeps` only an observer learns of what comes out,
-        and the step may be repeated. `before` is told the windows of each batch
-        and their hidden states ahead of it.
+        and the step may be repeated.
         Raises EngineError, naming layer and tensor, for NaN.
         """
+        for shard in range(len(self.shards)):
+            for start, rows in self.through(shard, number, layer, mode):
+                if keeps:
+                    self.write(start, rows)
+        if keeps:
+            self.complete(number)
+
+    def through(
+        self,
+        shard: int,
+        number: int,
+        layer: AnyLayer,
+        mode: Mode | None = None,
+        before: Callable[[Tensor], None] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """One shard of a step, that of this number in `shards`: see ShardForward.through. Whoever
+        goes through all of them, here or elsewhere, says `write` and `complete`."""
+        hidden = self._before(number)
+        forward = self._forwards[shard]
+        for start, rows in forward.through(number, layer, mode or self.mode, hidden.read, before):
+            yield start, rows
+            self.progress.advance(len(rows), layer.name)
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Keep rows of hidden states, from row `start` on, behind the next layer."""
+        assert self.hidden is not None
+        self.hidden.write(start, rows)
+
+    def complete(self, number: int) -> None:
+        """All rows behind layer `number` are written: it is done."""
+        self._before(number).complete(number + 1)
+
+    @property
+    def file(self) -> Path:
+        """Where the rows that go into the next layer are, for others to read. Only of a spill."""
+        assert isinstance(self.hidden, OnDisk), "hidden states are in memory"
+        return self.hidden.file
+
+    def _before(self, number: int) -> HiddenStates:
+        """The hidden states, which are those that go into layer `number`."""
         hidden = self.hidden
         assert hidden is not None, "begin comes first"
         assert hidden.done == number, "layers come in their order"
-        mode = mode or self.mode
-        cache = self._cache(number)
-        with torch_alone():
-            for windows, batch in zip(self.plan.batches, self._batches, strict=True):
-                start, stop = self.starts[windows[0]], self.starts[windows[-1] + 1]
-                rows = hidden.read(start, stop)
-                if before is not None:
-                    before(windows, rows)
-                try:
-                    found = layer(rows, batch, cache, mode)
-                except EngineError as error:
-                    raise self.model.explained(number, error) from error
-                if keeps:
-                    hidden.write(start, found)
-                self.progress.advance(stop - start, layer.name)
-        if keeps:
-            hidden.complete(number + 1)
+        return hidden
 
     def rewind(self, layer: int) -> bool:
         """Go back to the inputs of `layer` where they are still there (0: they always are, made
@@ -192,25 +190,6 @@ class Stream:
                 else InMemory(self.plan.tokens, width)
             )
         return self.hidden
-
-    @cached_property
-    def _batches(self) -> list[Batch]:
-        """The same for every layer: windows begin afresh, each with its own page and slot."""
-        found = []
-        for windows in self.plan.batches:
-            states = [SequenceState(pages=[i], slots=[i]) for i in range(len(windows))]
-            tokens = [self.windows[i] for i in windows]
-            found.append(make_batch(self.model.network, tokens, states))
-        return found
-
-    def _cache(self, number: int) -> Cache:
-        """One page or slot a window of a batch; sequences start afresh, so nothing is cleared."""
-        network = self.model.network
-        widest = max(len(b) for b in self.plan.batches)
-        if network.is_linear(number):
-            return StatePool(network, [number], widest).layers[number]
-        pages = PagePool(network, [number], widest, max(self.lengths), self.page_dtype)
-        return pages.layers[number]
 
     def _identity(self) -> str:
         """What must be equal for hidden states on disk to be gone on with."""

@@ -127,6 +127,11 @@ class OnDisk:
             os.truncate(file, nbytes)
         return np.memmap(file, dtype=np.float32, mode="r+", shape=self.shape)
 
+    @property
+    def file(self) -> Path:
+        """Where the rows are that the last complete layer left: float32, flushed."""
+        return self.folder.absolute() / _FILES[self.done % 2]
+
     def read(self, start: int, stop: int) -> Tensor:
         """See HiddenStates."""
         return torch.from_numpy(np.array(self.files[self.done % 2][start:stop]))

@@ -233,7 +233,7 @@ class FullDisk(Disk):
         ("link", CheckpointError, "out: exists and is not an empty folder"),
         ("file", CheckpointError, "out: exists and is not an empty folder"),
         ("partial", CheckpointError, "left from an interrupted run; continue it with --resume"),
-        ("disk", DoesNotFit, "GiB free on that disk"),
+        ("disk", DoesNotFit, "free on that disk"),
         ("search", FormatError, "'best': choose one of"),
     ],
 )

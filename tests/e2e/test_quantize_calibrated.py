@@ -198,8 +198,10 @@ def test_the_value_of_calibrate_is_optional(ask: Ask, tmp_path: Path) -> None:
             "quantize", STORIES, tmp_path / "out", "-r", "nvfp4-all", "--dry-run", *arguments
         )
         assert answer.code == 0, answer.err
-    # A value that is missing in front of MODEL and OUT takes MODEL for the text.
-    answer = ask("quantize", "--calibrate", STORIES, tmp_path / "out")
+    # In front of MODEL too: no folder is a text.
+    answer = ask("quantize", "--calibrate", STORIES, tmp_path / "out", "--dry-run")
+    assert answer.code == 0, answer.err
+    answer = ask("quantize", "--calibrate", text, tmp_path / "out")
     assert answer.code == 2
     assert "OUT" in answer.err
 

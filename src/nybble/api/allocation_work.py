@@ -23,7 +23,7 @@ from nybble.calibrate.report import Row, read_report
 from nybble.calibrate.scales import InputAmax
 from nybble.checkpoint.disk import Disk
 from nybble.checkpoint.reader import Checkpoint
-from nybble.errors import CheckpointError, DoesNotFit, TextError
+from nybble.errors import CheckpointError, TextError
 from nybble.formats.block import NVFP4
 from nybble.formats.scheme import BF16, Scheme
 from nybble.plan.plan import Plan, make_plan
@@ -164,12 +164,8 @@ class Work:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         there = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
-        free = Disk().free_bytes(self.folder)
-        if sum(sizes) - there > free:
-            raise DoesNotFit(
-                f"{self.folder}: {sum(sizes) / 2**30:.2f} GiB for checkpoints to weigh and the "
-                f"result, {free / 2**30:.2f} GiB free on that disk; free space or name another disk"
-            )
+        what = "more for checkpoints to weigh and the result"
+        Disk().refuse_less_than(sum(sizes) - there, self.folder, self.folder, what)
         recipe = self.recipe(self.smallest, "every group in its smallest format")
         uniform(self.uniform, recipe, resume=self.resume, **measure.keywords(self.plan(recipe)))
         if self.has_eight:

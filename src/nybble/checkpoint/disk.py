@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from nybble.errors import CheckpointError
+from nybble.errors import CheckpointError, DoesNotFit
 
 T = TypeVar("T")
 
@@ -56,6 +56,17 @@ class Disk:
                 return None
 
         return self.call("looking it up", path, ask)
+
+    def refuse_less_than(
+        self, needed: int, folder: Path, out: Path, what: str = "to write"
+    ) -> None:
+        """Raise DoesNotFit, naming `out`, where `needed` bytes find no room on `folder`'s disk."""
+        free = self.free_bytes(folder)
+        if needed > free:
+            raise DoesNotFit(
+                f"{out}: {_amount(needed)} {what}, {_amount(free)} free on that disk; free space "
+                "or name another disk"
+            )
 
     def names(self, folder: Path) -> list[str] | None:
         """What a folder holds, sorted, or None if there is no such folder."""
@@ -236,3 +247,11 @@ def _reserve(fd: int, size: int) -> bool:
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
     return True
+
+
+def _amount(count: int) -> str:
+    """Bytes as people read them, in the unit that tells small disks apart."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"

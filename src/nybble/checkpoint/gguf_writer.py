@@ -32,7 +32,7 @@ from nybble.checkpoint.gguf import (
 )
 from nybble.checkpoint.gguf_blocks import BY_NAME
 from nybble.checkpoint.writer import as_bytes
-from nybble.errors import CheckpointError, DoesNotFit
+from nybble.errors import CheckpointError
 
 _ARRAY = 9
 _FORMS = {
@@ -182,12 +182,7 @@ class GGUFWriter:
         ):
             if os.path.lexists(path):
                 raise CheckpointError(f"{path}: {why}")
-        free = self._disk.free_bytes(self.out.parent)
-        if self.size > free:
-            raise DoesNotFit(
-                f"{self.out}: {self.size / 2**30:.2f} GiB to write, {free / 2**30:.2f} GiB free on "
-                "that disk; free space or name another disk"
-            )
+        self._disk.refuse_less_than(self.size, self.out.parent, self.out)
 
     def write(self, name: str, data: NDArray[np.generic] | bytes, at: int = 0) -> None:
         """Write bytes of one tensor, from byte `at` on; every byte exactly once. Threads may

@@ -32,7 +32,7 @@ from nybble.checkpoint.safetensors import (
     TensorSpec,
     collector_paused,
 )
-from nybble.errors import CheckpointError, DoesNotFit
+from nybble.errors import CheckpointError
 
 #: Decimal bytes of payload per shard.
 SHARD_BYTES = 10**10
@@ -312,13 +312,7 @@ class CheckpointWriter:
         has_any = self._disk.names(self.folder)
         used = sum(self._disk.used_bytes(self.folder / n) for n in names) if has_any else 0
         needed = sum(s.size for s in self.shards) - used
-        free = self._disk.free_bytes(self.folder)
-        if needed > free:
-            raise DoesNotFit(
-                f"{self.out}: {needed / 2**30:.2f} GiB to write, {free / 2**30:.2f} GiB free on "
-                "that disk; "
-                "free space or name another disk"
-            )
+        self._disk.refuse_less_than(needed, self.folder, self.out)
 
     def _prepare(self) -> None:
         """Give every shard its file, size and header; take away what may not be there yet."""

@@ -50,14 +50,15 @@ class Command(TyperCommand):
     value."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """See click: the arguments, with "default" behind a --calibrate that has no value."""
+        """See click: the arguments, with "default" behind a --calibrate that has no value: no text
+        is an option, nor a folder, which is MODEL."""
         return super().parse_args(ctx, list(_with_default(args)))
 
 
 def _with_default(args: list[str]) -> Iterator[str]:
     for arg, following in zip(args, [*args[1:], "--"], strict=True):
         yield arg
-        if arg == CALIBRATE and following.startswith("-"):
+        if arg == CALIBRATE and (following.startswith("-") or Path(following).is_dir()):
             yield "default"
 
 
@@ -89,7 +90,7 @@ def command(
             CALIBRATE,
             metavar="[TEXT|PRESET]",
             help="Choose codes by what passes through each linear: on a .txt, .jsonl or .json of "
-            "yours, or a preset (default, nvidia:FOLDER, infatoshi). Alone, write it behind OUT.",
+            "yours, or a preset (nvidia:FOLDER, infatoshi); without: the project's own mixture.",
         ),
     ] = None,
     effort: Annotated[

@@ -33,7 +33,7 @@ from nybble.checkpoint.files import read_small
 from nybble.checkpoint.reader import Checkpoint
 from nybble.checkpoint.safetensors import SIZE_LIMIT, TensorInfo, TensorSpec, parse_json, show
 from nybble.checkpoint.writer import ShardLayout, as_bytes, layout_shards, partial_folder
-from nybble.errors import CheckpointError, DoesNotFit, EvaluationError
+from nybble.errors import CheckpointError, EvaluationError
 from nybble.evaluate.report import Conditions, parse_conditions
 from nybble.evaluate.windows import Window, count_scored
 
@@ -212,12 +212,7 @@ class PackWriter:
             )
         head_bytes = self._head.nbytes if self._has_head else 0
         needed = self._layout.size + head_bytes + 16 * self._layout.tensors[0].shape[0]
-        free = self._disk.free_bytes(self.folder)
-        if needed > free:
-            raise DoesNotFit(
-                f"{self.out}: {needed / 2**30:.2f} GiB to write, {free / 2**30:.2f} GiB free on "
-                "that disk; free space or name another disk"
-            )
+        self._disk.refuse_less_than(needed, self.folder, self.out)
         self._disk.make_folder(self.folder)
         self._fd = self._disk.create(self.folder / HIDDEN)
         try:

@@ -26,7 +26,7 @@ from nybble.checkpoint.writer import (
     layout_shards,
     partial_folder,
 )
-from nybble.errors import CheckpointError, DoesNotFit
+from nybble.errors import CheckpointError
 from nybble.formats import search as definition
 from nybble.formats.element import F32Array, U8Array
 from nybble.formats.search import Search
@@ -136,12 +136,7 @@ def refuse_start(plan: Plan, out: Path, options: Options, *, disk: Disk | None =
         raise CheckpointError(
             f"{folder}: is left from an interrupted run; continue it with --resume, or remove it"
         )
-    needed, free = plan.payload_bytes, disk.free_bytes(folder)
-    if needed > free:
-        raise DoesNotFit(
-            f"{out}: {needed / 2**30:.2f} GiB to write, {free / 2**30:.2f} GiB free on that disk; "
-            "free space or name another disk"
-        )
+    disk.refuse_less_than(plan.payload_bytes, folder, out)
 
 
 def _check_start(plan: Plan, options: Options) -> None:

@@ -1,8 +1,10 @@
-"""Lanes: engines that answer the same requests in turn, with drafts and without, step by step.
+"""Lanes: engines that answer the same requests, with drafts and without, step by step.
 
 What counts is decoding: steps that compute no prompt, with all seats taken. Lanes take turns as the
-contenders of benchmarks/engine do, and a ratio is the median of those of each round. Drafts change
-no token: lanes whose texts differ make the benchmark fail.
+contenders of benchmarks/engine do, or go side by side, some steps of each before the next: a
+neighbour of the machine that takes half of its bandwidth for some seconds then slows all alike. A
+ratio is the median of those of each round. Drafts change no token: lanes whose texts differ make
+the benchmark fail.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +34,8 @@ Prompt = tuple[int, ...]
 #: Tokens a second of each round, by lane and load.
 Rates = Mapping[tuple[str, str], Sequence[float]]
 WRONG_TEXTS = 1
+#: Steps of one lane before the next, side by side.
+SLICE = 8
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,11 @@ class Run:
         """What the judge wants to know."""
         return Turn(sum(s.tokens for s in self.full), sum(s.seconds for s in self.full))
 
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.turn.tokens / self.turn.seconds
+
 
 @dataclass
 class Lane:
@@ -119,6 +128,17 @@ class Lane:
 
 def answer(engine: Engine, asked: Load, salt: bytes = b"") -> Run:
     """Have all prompts of a load continued, `batch` at a time; `salt` is the cache's."""
+    steps = stepping(engine, asked, salt)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            found: Run = end.value
+            return found
+
+
+def stepping(engine: Engine, asked: Load, salt: bytes = b"") -> Generator[None, None, Run]:
+    """The same, and after each step somebody else may do something."""
     texts: dict[str, list[int]] = {}
     steps, waiting, before = [], list(enumerate(asked.prompts)), engine.stats
     params = SamplingParams(max_tokens=asked.generate, ignore_eos=asked.ignores_end)
@@ -143,6 +163,7 @@ def answer(engine: Engine, asked: Load, salt: bytes = b"") -> Run:
         prompts, computed = computed, engine.stats.prompt_tokens
         drafted = sum(event.drafted for event in events)
         steps.append(Step(seconds, len(given), drafted, len(set(given)), prompts == computed))
+        yield
     return _run(steps, texts, asked.batch, before, engine.stats)
 
 
@@ -168,17 +189,62 @@ def _more(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
     return tuple(b - a for a, b in zip(before, after, strict=True))
 
 
+class SideBySide:
+    """All lanes as one contender: SLICE steps of each, and again, until all have answered."""
+
+    name = "all lanes"
+    cpu_s = 0.0  # they run in this process
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self.lanes = lanes
+
+    def turn(self, case: Case) -> Turn:
+        """Tokens and seconds of all; each lane keeps its own run."""
+        assert isinstance(case, Load)
+        going = {lane.name: stepping(lane.make(), case) for lane in self.lanes}
+        done: dict[str, Run] = {}
+        while going:
+            for name in list(going):
+                try:
+                    for _ in range(SLICE):
+                        next(going[name])
+                except StopIteration as end:
+                    done[name] = end.value
+                    del going[name]
+        for lane in self.lanes:
+            lane.runs.setdefault(str(case), []).append(done[lane.name])
+        turns = [done[lane.name].turn for lane in self.lanes]
+        return Turn(sum(t.tokens for t in turns), sum(t.seconds for t in turns))
+
+    def close(self) -> None:
+        """Nothing stays."""
+
+
 # ------------------------------------------------------------------------------------------- report
 
 HEAD = ("load", "lane", "tokens/s", "min-max", "of off", "ms a step", "tokens a step")
 DRAFT_HEAD = ("drafts a step", "accepted by position", "it says")
 
 
-def race(lanes: Sequence[Lane], loads: Sequence[Load], options: argparse.Namespace) -> None:
-    """Run all lanes and print the table; the first lane is the one without drafts. Ends with status
-    WRONG_TEXTS if any text differs from its."""
+def race(
+    lanes: Sequence[Lane],
+    loads: Sequence[Load],
+    options: argparse.Namespace,
+    *,
+    side_by_side: bool = False,
+) -> None:
+    """Run all lanes and print the table; the first lane is the one without drafts. `side_by_side`:
+    of engines that share nothing. Ends with status WRONG_TEXTS if any text differs from its."""
     judge = Judge(options.rounds, options.wait, options.even_if_busy)
-    rates = judge.rates(lanes, loads)
+    if side_by_side:
+        judge.rates([SideBySide(lanes)], loads)
+        rates = {
+            (lane.name, str(case)): [run.rate for run in lane.runs[str(case)][-options.rounds :]]
+            for lane in lanes
+            for case in loads
+        }
+    else:
+        rates = judge.rates(lanes, loads)
     print_head((*HEAD, *DRAFT_HEAD), names=2)
     for case in loads:
         plain = rates[lanes[0].name, str(case)]
@@ -199,11 +265,12 @@ def race(lanes: Sequence[Lane], loads: Sequence[Load], options: argparse.Namespa
 
 
 def _different(lane: Lane, plain: Lane, case: str) -> int:
-    """How many texts differ, of all rounds."""
+    """How many texts differ, of all turns, those too that were taken again."""
+    expected = plain.runs[case][0].texts
     return sum(
-        own != expected
-        for run, other in zip(lane.runs[case], plain.runs[case], strict=True)
-        for own, expected in zip(run.texts, other.texts, strict=True)
+        own != other
+        for run in (*lane.runs[case], *plain.runs[case])
+        for own, other in zip(run.texts, expected, strict=True)
     )
 
 

@@ -78,7 +78,7 @@ def main() -> None:
         for kind, texts in prompts(a.checkpoint).items()
         for batch in a.batch
     ]
-    race(lanes, loads, a)
+    race(lanes, loads, a, side_by_side=True)
 
 
 if __name__ == "__main__":

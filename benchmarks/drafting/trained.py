@@ -116,7 +116,7 @@ def main() -> None:
         for kind in a.kinds.split(",")
         for batch in a.batch
     ]
-    race(lanes, loads, a)
+    race(lanes, loads, a, side_by_side=True)
     if alone := [case for case in loads if case.batch == 1]:
         print()
         print_acceptance(lanes, alone)

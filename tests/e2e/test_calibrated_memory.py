@@ -18,6 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from calibrated_runs import EFFORTS, calibrate, plan_of, samples
 from nybble.checkpoint.reader import Checkpoint
+from nybble.stream import shards
+
+shards.SHARD_TOKENS = 1  # two that fit, one that judges
 
 def private():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -37,7 +40,7 @@ with Checkpoint.open(folder / "m") as checkpoint:
     before = private()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    given = samples(131, [256] * 5, frozenset([4]))
+    given = samples(131, [256] * 17, frozenset([16]))
     rounder = calibrate(plan, folder / "out", given, effort)
     is_done = True
     watcher.join()

@@ -13,22 +13,24 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 from lanes import (
-    Case,
     Judge,
     Lane,
     Load,
+    Run,
     Turn,
     add_options,
-    answer,
+    compare,
     conclude,
     load,
     paired_ratio,
     print_head,
     print_row,
+    stepping,
 )
 
 from nybble.api.opening import Opened, OpenOptions, open_checkpoint
@@ -45,11 +47,12 @@ class WholeLane(Lane):
         super().__init__(name, lambda: opened.engine)
         self._turns = itertools.count()
 
-    def turn(self, case: Case) -> Turn:
-        """Answer all prompts of a load."""
-        assert isinstance(case, Load)
-        run = answer(self.make(), case, b"turn %d" % next(self._turns))
-        self.runs.setdefault(str(case), []).append(run)
+    def begin(self, case: Load) -> Generator[None, None, Run]:
+        """Answer them under a salt that no turn had before."""
+        return stepping(self.make(), case, b"turn %d" % next(self._turns))
+
+    def counted(self, case: Load, run: Run) -> Turn:
+        """All tokens, in the seconds of all steps."""
         tokens = sum(map(len, case.prompts)) + sum(map(len, run.texts))
         return Turn(tokens, sum(step.seconds for step in run.steps))
 
@@ -98,7 +101,7 @@ def bench_overhead(a: argparse.Namespace) -> Opened:
         "apart", [tuple(row) for row in draw.tolist()], a.answer, a.batch, ignores_end=True
     )
     judge = Judge(a.rounds, a.wait, a.even_if_busy)
-    rates = judge.rates(lanes, [asked])
+    rates = compare(judge, lanes, [asked])
     plain, own = (rates[lane.name, str(asked)] for lane in lanes)
     print_head(("requests that share nothing", "tokens/s", "of no cache"), names=1)
     for lane, found in zip(lanes, (plain, own), strict=True):
@@ -128,7 +131,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--turns", type=int, default=8, help="0: no conversation")
     parser.add_argument("--prompt", type=int, default=3400, help="tokens of rules and tools")
     parser.add_argument("--answer", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--requests", type=int, default=8, help="that share nothing")
@@ -139,7 +142,8 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     add_options(parser)
     a = parser.parse_args()
-    bench_turns_of(a)
+    if a.turns:
+        bench_turns_of(a)
     print_snapshots(bench_overhead(a), a)
 
 

@@ -100,11 +100,6 @@ class Run:
         """What the judge wants to know."""
         return Turn(sum(s.tokens for s in self.full), sum(s.seconds for s in self.full))
 
-    @property
-    def rate(self) -> float:
-        """Tokens a second."""
-        return self.turn.tokens / self.turn.seconds
-
 
 @dataclass
 class Lane:
@@ -113,13 +108,27 @@ class Lane:
     name: str
     make: Callable[[], Engine]
     runs: dict[str, list[Run]] = field(default_factory=dict)
+    rates: dict[str, list[float]] = field(default_factory=dict)
     cpu_s: float = 0.0  # it runs in this process, which the judge counts itself
 
     def turn(self, case: Case) -> Turn:
         """Answer all prompts of a load."""
         assert isinstance(case, Load)
-        run = answer(self.make(), case)
+        return self.end(case, exhausted(self.begin(case)))
+
+    def begin(self, case: Load) -> Generator[None, None, Run]:
+        """Answer them, and after each step somebody else may do something."""
+        return stepping(self.make(), case)
+
+    def end(self, case: Load, run: Run) -> Turn:
+        """Keep what came of it; what counts of that."""
         self.runs.setdefault(str(case), []).append(run)
+        turn = self.counted(case, run)
+        self.rates.setdefault(str(case), []).append(turn.tokens / turn.seconds)
+        return turn
+
+    def counted(self, case: Load, run: Run) -> Turn:
+        """Tokens, in seconds."""
         return run.turn
 
     def close(self) -> None:
@@ -128,7 +137,11 @@ class Lane:
 
 def answer(engine: Engine, asked: Load, salt: bytes = b"") -> Run:
     """Have all prompts of a load continued, `batch` at a time; `salt` is the cache's."""
-    steps = stepping(engine, asked, salt)
+    return exhausted(stepping(engine, asked, salt))
+
+
+def exhausted(steps: Generator[None, None, Run]) -> Run:
+    """What comes of them."""
     while True:
         try:
             next(steps)
@@ -201,19 +214,16 @@ class SideBySide:
     def turn(self, case: Case) -> Turn:
         """Tokens and seconds of all; each lane keeps its own run."""
         assert isinstance(case, Load)
-        going = {lane.name: stepping(lane.make(), case) for lane in self.lanes}
-        done: dict[str, Run] = {}
+        going = {lane.name: (lane, lane.begin(case)) for lane in self.lanes}
+        turns = []
         while going:
-            for name in list(going):
+            for name, (lane, steps) in list(going.items()):
                 try:
                     for _ in range(SLICE):
-                        next(going[name])
+                        next(steps)
                 except StopIteration as end:
-                    done[name] = end.value
+                    turns.append(lane.end(case, end.value))
                     del going[name]
-        for lane in self.lanes:
-            lane.runs.setdefault(str(case), []).append(done[lane.name])
-        turns = [done[lane.name].turn for lane in self.lanes]
         return Turn(sum(t.tokens for t in turns), sum(t.seconds for t in turns))
 
     def close(self) -> None:
@@ -236,15 +246,7 @@ def race(
     """Run all lanes and print the table; the first lane is the one without drafts. `side_by_side`:
     of engines that share nothing. Ends with status WRONG_TEXTS if any text differs from its."""
     judge = Judge(options.rounds, options.wait, options.even_if_busy)
-    if side_by_side:
-        judge.rates([SideBySide(lanes)], loads)
-        rates = {
-            (lane.name, str(case)): [run.rate for run in lane.runs[str(case)][-options.rounds :]]
-            for lane in lanes
-            for case in loads
-        }
-    else:
-        rates = judge.rates(lanes, loads)
+    rates = compare(judge, lanes, loads) if side_by_side else judge.rates(lanes, loads)
     print_head((*HEAD, *DRAFT_HEAD), names=2)
     for case in loads:
         plain = rates[lanes[0].name, str(case)]
@@ -262,6 +264,16 @@ def race(
         print(f"\nTEXTS DIFFER from those of {lanes[0].name}: " + "; ".join(different))
         sys.exit(WRONG_TEXTS)
     print(f"\nAll texts are those of {lanes[0].name}, token for token.")
+
+
+def compare(judge: Judge, lanes: Sequence[Lane], loads: Sequence[Load]) -> Rates:
+    """The rates of each round, of lanes side by side."""
+    judge.rates([SideBySide(lanes)], loads)
+    return {
+        (lane.name, str(case)): lane.rates[str(case)][-judge.rounds :]
+        for lane in lanes
+        for case in loads
+    }
 
 
 def _different(lane: Lane, plain: Lane, case: str) -> int:

@@ -20,7 +20,7 @@ from calibrated_runs import EFFORTS, calibrate, plan_of, samples
 from nybble.checkpoint.reader import Checkpoint
 from nybble.stream import shards
 
-shards.SHARD_TOKENS = 1  # two that fit, one that judges
+shards.SHARD_TOKENS = 1  # two that fit and two that judge: three sets of matrices at a time
 
 def private():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -40,7 +40,7 @@ with Checkpoint.open(folder / "m") as checkpoint:
     before = private()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    given = samples(131, [256] * 17, frozenset([16]))
+    given = samples(131, [256] * 32, frozenset(range(16, 32)))
     rounder = calibrate(plan, folder / "out", given, effort)
     is_done = True
     watcher.join()

@@ -195,7 +195,7 @@ def test_a_killed_worker_costs_its_task_and_nothing_else(
         killer.stopped.set()
         killer.join()
     assert len(killer.killed) == MOST  # or nothing was shown
-    assert len(set(killer.killed.values())) > 1, "tasks of one kind alone"
+    assert any("shard_tasks" in title for title in killer.killed.values()), killer.killed
     assert tiny.tree(tmp_path / "out") == alone
 
 

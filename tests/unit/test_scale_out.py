@@ -33,10 +33,10 @@ from nybble.calibrate.scale_out import (
 )
 from nybble.calibrate.scale_out_ray import RayWorkers, connected, validated
 from nybble.calibrate.sequential import Calibration
-from nybble.calibrate.shard_tasks import ShardTask
+from nybble.calibrate.shard_tasks import ShardTask, run_task
 from nybble.calibrate.statistics import Statistics
 from nybble.checkpoint.reader import Checkpoint
-from nybble.errors import EngineError, MissingExtra, NybbleError, RecipeError
+from nybble.errors import CheckpointError, EngineError, MissingExtra, NybbleError, RecipeError
 from nybble.formats.block import FORMATS
 from nybble.formats.scheme import SCHEMES
 from nybble.progress import Progress
@@ -53,6 +53,7 @@ class Elsewhere:
     def __init__(self, pool: ProcessPoolExecutor | None = None) -> None:
         self.pool = pool
         self.is_mixed = False
+        self.at_once = 2
         self.done: list[object] = []
         self.task_bytes = 0
 
@@ -114,16 +115,18 @@ def calibrated(
         )
 
 
-@pytest.fixture
-def in_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each window of `calibrated` a batch and a shard of its own."""
-    monkeypatch.setattr("nybble.stream.shards.SHARD_TOKENS", 1)
+@pytest.fixture(params=[1, 70])
+def in_shards(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
+    """Each window of `calibrated` a batch, and a shard of its own or with a neighbour; how many
+    shards that makes."""
+    monkeypatch.setattr("nybble.stream.shards.SHARD_TOKENS", request.param)
     true = memory._plan
 
     def plan(network: Any, lengths: Any, tokens: int, spills: bool, breaks: Any) -> Any:
         return true(network, lengths, 1, spills, breaks)
 
     monkeypatch.setattr(memory, "_plan", plan)
+    return 5 if request.param == 1 else 3  # 30 + 40, 25 to fit; 17 + 31 to judge
 
 
 @pytest.fixture
@@ -146,7 +149,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_tasks_done_elsewhere_make_the_same_checkpoint(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_shards: None, threads: int
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_shards: int, threads: int
 ) -> None:
     """Codes, scales and both reports, with jobs cut into parts and experts into groups."""
     monkeypatch.setattr("nybble.calibrate.stage_rounding.PART_WEIGHTS", 1024)
@@ -157,7 +160,7 @@ def test_tasks_done_elsewhere_make_the_same_checkpoint(
     assert tiny.tree(tmp_path / "there") == tiny.tree(tmp_path / "here")
     kinds = Counter(type(task).__name__ for task in workers.done)
     assert set(kinds) == {"DenseTask", "ExpertTask", "ShardTask"}
-    assert kinds["ShardTask"] == 2 * 3 * 5  # layers, passes, windows
+    assert kinds["ShardTask"] == 2 * 3 * in_shards  # layers, passes
     assert workers.task_bytes > 1 << 28
     left = sorted(p.name for p in tmp_path.iterdir())
     assert left == ["here", "model", "there"]  # neither matrices nor hidden states
@@ -167,7 +170,7 @@ def test_tasks_done_elsewhere_make_the_same_checkpoint(
     ("effort", "recipe"), [("fast", "nvfp4-all"), ("default", "nvfp4-w4a4"), ("default", "nvfp4")]
 )
 def test_shards_of_one_pass_and_of_rounded_inputs(
-    model: Path, tmp_path: Path, in_shards: None, effort: str, recipe: str
+    model: Path, tmp_path: Path, in_shards: int, effort: str, recipe: str
 ) -> None:
     calibrated(model, tmp_path / "here", 1, None, effort, recipe)
     workers = Elsewhere()
@@ -181,7 +184,7 @@ def test_shards_of_one_pass_and_of_rounded_inputs(
 
 
 def test_an_attempt_that_was_killed_leaves_nothing_that_another_takes(
-    model: Path, tmp_path: Path, in_shards: None
+    model: Path, tmp_path: Path, in_shards: int
 ) -> None:
     """Every task done twice, the first time for nothing: as if its worker had died at its end."""
 
@@ -196,6 +199,58 @@ def test_an_attempt_that_was_killed_leaves_nothing_that_another_takes(
     calibrated(model, tmp_path / "there", 1, Twice())
     assert tiny.tree(tmp_path / "there") == tiny.tree(tmp_path / "here")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "model", "there"]
+
+
+def test_what_a_killed_run_left_goes_with_the_rest(model: Path, tmp_path: Path) -> None:
+    for kind in ("shards", "dense", "experts"):
+        left = tmp_path / "out.calibration" / kind / "0" / "rows"
+        left.parent.mkdir(parents=True)
+        left.write_bytes(b"1234")
+    calibrated(model, tmp_path / "out", 1, None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_a_task_that_outlives_its_run_fails_and_makes_no_folder(
+    model: Path, tmp_path: Path
+) -> None:
+    workers = Elsewhere()
+    calibrated(model, tmp_path / "out", 1, workers)
+    for task in workers.done:
+        if isinstance(task, ShardTask):
+            hidden = tmp_path / "hidden"
+            hidden.write_bytes(bytes(4 * task.hidden.shape[0] * task.hidden.shape[1]))
+            late = replace(task, hidden=replace(task.hidden, path=hidden), held=None, keeps=True)
+            with pytest.raises(CheckpointError, match="cannot hold what tasks read and leave"):
+                run_task(late)
+            with pytest.raises(CheckpointError, match="all who do tasks must see the same files"):
+                run_task(task)
+    assert not (tmp_path / "out.calibration").exists()
+
+
+def test_no_more_shards_are_under_way_than_keep_workers_busy(
+    model: Path, tmp_path: Path, in_shards: int
+) -> None:
+    """What they leave lies on the disk until it is its turn."""
+    under_way, most = 0, 0
+
+    class Counting(Elsewhere):
+        def map(self, run: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+            nonlocal under_way, most
+            tasks = list(tasks)
+            is_shard = isinstance(tasks[0], ShardTask)
+            under_way += is_shard
+            most = max(most, under_way)
+            return taken(super().map(run, tasks), is_shard)
+
+    def taken(results: Iterator[R], is_shard: bool) -> Iterator[R]:
+        nonlocal under_way
+        for result in results:
+            under_way -= is_shard
+            yield result
+
+    calibrated(model, tmp_path / "out", 1, Counting())
+    assert most == 3
+    assert under_way == 0
 
 
 @pytest.mark.parametrize("table", [FORMATS, SCHEMES])

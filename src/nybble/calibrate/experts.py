@@ -78,7 +78,7 @@ def round_experts(
     """
     wanted = _expert_jobs(mixture, jobs, tensor_scales, input_scales or {})
     by_name = {job.name: job for job in jobs}
-    with scratch_folder(folder / "experts") as scratch:
+    with scratch_folder(folder, "experts") as scratch:
         task = _whole_layer(
             weights.checkpoint.path.absolute(),
             mixture,

@@ -8,10 +8,12 @@ takes their pages back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from nybble.calibrate.expert_tasks import task_bytes
 from nybble.calibrate.rounding import ROWS
+from nybble.calibrate.scale_out import tasks_under_way
 from nybble.calibrate.stage_rounding import PART_WEIGHTS
 from nybble.calibrate.stages import Stages, is_rounded
 from nybble.errors import DoesNotFit
@@ -37,6 +39,7 @@ class Footprint:
     `kept_bytes` is what a layer is known by (Hessians, inputs of a mixture), `forward_bytes` what a
     batch computes with and its shard is measured in, `rounding_bytes` what the largest group takes,
     `rounded_bytes` the layer's new weights. All of the stage that takes most, `stage`.
+    `task_bytes` is what the dearest task of any stage takes, if a worker does it.
     """
 
     stage: str
@@ -45,12 +48,7 @@ class Footprint:
     rounding_bytes: int
     rounded_bytes: int
     disk_bytes: int
-
-    @property
-    def task_bytes(self) -> int:
-        """What a worker takes for the dearest of a layer's tasks, the weights it is sent included;
-        a shard is known by less than the whole layer."""
-        return max(self.forward_bytes + self.kept_bytes + self.rounded_bytes, self.rounding_bytes)
+    task_bytes: int
 
     @property
     def private_bytes(self) -> int:
@@ -83,13 +81,23 @@ def footprint(
     stream: StreamPlan,
     streams: int,
     threads: int,
+    *,
+    shards: Sequence[int],
+    tasks_at_once: int = 0,
 ) -> Footprint:
-    """The footprint of a run over `streams` streams of the plan `stream` each."""
+    """The footprint of a run over `streams` streams of the plan `stream` each, cut into `shards` of
+    so many tokens; `tasks_at_once` are those that workers can do, 0: there are none."""
+    waiting = min(tasks_under_way(tasks_at_once), len(shards)) if tasks_at_once else 0
     found = [
-        _of_stage(plan, stages, number, network, stream, streams, threads)
+        _of_stage(plan, stages, number, network, stream, streams, threads, max(shards), waiting)
         for number in stages.numbers
     ]
-    return max(found, key=lambda f: f.private_bytes)
+    most = max(found, key=lambda f: f.private_bytes)
+    return replace(
+        most,
+        disk_bytes=max(f.disk_bytes for f in found),
+        task_bytes=max(f.task_bytes for f in found),
+    )
 
 
 def _of_stage(
@@ -100,6 +108,8 @@ def _of_stage(
     stream: StreamPlan,
     streams: int,
     threads: int,
+    shard: int,
+    waiting: int,
 ) -> Footprint:
     jobs = stages.jobs.get(number, ())
     chosen = [job for job in jobs if is_rounded(job)]
@@ -109,8 +119,11 @@ def _of_stage(
     matrices = sum(_FLOAT * job.members[0].shape[1] ** 2 for job in dense)
     kept = 2 * matrices  # fit and guard
     rounding = max((_group_bytes(job) for job in dense), default=0)
+    row = dims.hidden * _FLOAT
+    of_shard = matrices  # what it is known by
     if experts:
-        kept += stream.tokens * dims.hidden * _FLOAT
+        kept += stream.tokens * row
+        of_shard += shard * row
         rounding = max(
             rounding,
             task_bytes(
@@ -131,7 +144,10 @@ def _of_stage(
         held + cached + matrices,
         held + rounding,
         rounded,
-        streams * stream.disk_bytes,
+        # What shards leave for whom adds them, hidden states too, and the weights they are sent.
+        streams * stream.disk_bytes + (waiting and waiting * (of_shard + shard * row) + rounded),
+        # The output head's inputs and the MTP head's are measured by the run itself.
+        max(rounding, cached + of_shard + rounded if number < stages.layers else 0),
     )
 
 

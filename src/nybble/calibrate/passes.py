@@ -262,6 +262,8 @@ class Passes:
 
     def _send(self, sweep: Sweep, notes: Notes, *, keeps: bool = True) -> None:
         """By workers, where there are some."""
+        if isinstance(notes, Statistics) and notes.is_idle:
+            notes = None
         if self.rounding.workers is None:
             sweep.here(notes, keeps=keeps)
         else:

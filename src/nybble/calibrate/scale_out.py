@@ -66,6 +66,11 @@ class Workers(Protocol):
     is_mixed: bool
     """Whether some of them have other conditions than the run itself; known after `examine`."""
 
+    @property
+    def at_once(self) -> int:
+        """How many tasks they can do at the same time, as far as is known."""
+        ...
+
     def map(self, run: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
         """Begin `run` of each task, and give the results in the order of the tasks.
 
@@ -82,6 +87,12 @@ class Workers(Protocol):
     def reserve(self, task_bytes: int) -> None:
         """Say what a task takes of memory, so that no machine is given too many."""
         ...
+
+
+def tasks_under_way(at_once: int) -> int:
+    """So many tasks keep workers busy that do so many at the same time, while the oldest result is
+    waited for."""
+    return at_once + max(1, at_once // 2)
 
 
 @dataclass(frozen=True, slots=True)

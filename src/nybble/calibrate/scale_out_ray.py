@@ -225,6 +225,11 @@ class RayWorkers:
                 f"{self.threads} threads; name fewer with --jobs"
             )
 
+    @property
+    def at_once(self) -> int:
+        """See Workers: by processors; memory may allow fewer."""
+        return sum(int(n["Resources"]["CPU"]) // self.threads for n in self._machines())
+
     def _machines(self) -> list[dict[str, Any]]:
         return [
             node

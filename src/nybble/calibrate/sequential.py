@@ -26,6 +26,7 @@ from nybble.calibrate.scale_out import Workers
 from nybble.calibrate.stage_record import JobRecord, StageRecord, load, remove_all, save
 from nybble.calibrate.stage_rounding import StageRounding
 from nybble.calibrate.stages import Stages, stages_of
+from nybble.calibrate.task_files import remove_scratch
 from nybble.errors import CheckpointError, RecipeError
 from nybble.formats.tensor import BlockScaledTensor
 from nybble.kernels.dispatch import choose
@@ -106,6 +107,8 @@ class Calibration:
             self.passes.main.plan,
             len(self.passes.streams),
             threads,
+            shards=[shard.rows for shard in self.passes.main.shards],
+            tasks_at_once=workers.at_once if workers is not None else 0,
         )
         progress.say(f"calibrating on {samples}: {self.footprint}")
         self.footprint.refuse_more_than(limit_bytes)
@@ -175,6 +178,7 @@ class Calibration:
         """See Rounder: the hidden states go."""
         self.passes.discard()
         remove_all(self.spill)
+        remove_scratch(self.spill)
         if self.spill.is_dir() and not any(self.spill.iterdir()):
             self.spill.rmdir()
 

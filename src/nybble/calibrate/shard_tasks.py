@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
@@ -60,8 +61,14 @@ class StoredWeights:
     modules: tuple[tuple[str, BlockScaledTensor, Activation | None, float | None], ...]
 
     def read(self) -> dict[str, Held]:
-        """The weights by module, in memory of their own."""
-        arrays = load_file(self.path)
+        """The weights by module, in memory of their own. Raises CheckpointError for a file that is
+        gone or damaged."""
+        try:
+            arrays = load_file(self.path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be read: {error}; all who do tasks must see the same files"
+            ) from error
         found = {}
         for i, (module, bare, activation, scale) in enumerate(self.modules):
             top: F32Array | None = arrays.get(f"{i}.tensor_scale")
@@ -86,9 +93,8 @@ def store_weights(held: Mapping[str, Held], path: Path) -> StoredWeights:
         bare = BlockScaledTensor(weight.format, weight.shape, nothing, nothing, None)
         modules.append((module, bare, one.activation, one.input_scale))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, path)
-    except Exception as error:  # safetensors wraps what the system says in its own
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: cannot hold the weights of a layer for workers: {error}; free space there"
         ) from error
@@ -177,7 +183,7 @@ def run_task(task: ShardTask) -> ShardResult:
             assert layer.mixture is not None, "a layer without experts has no choices"
             observer = Choices(layer.mixture, Mode(task.compute))
         else:
-            observer = notes
+            observer = notes and notes.empty()  # the task itself stays as it is
         hidden = task.hidden.open()
         passing = ShardForward(model, task.shard).through(
             task.layer,
@@ -190,7 +196,7 @@ def run_task(task: ShardTask) -> ShardResult:
             if task.keeps:
                 append(folder / "rows", rows)
     kept = Mapped(folder / "rows", (task.shard.rows, task.hidden.shape[1])) if task.keeps else None
-    statistics = store_statistics(notes, folder) if isinstance(notes, Statistics) else None
+    statistics = store_statistics(observer, folder) if isinstance(observer, Statistics) else None
     chosen = observer.chosen if isinstance(observer, Choices) else None
     return ShardResult(kept, statistics, chosen)
 

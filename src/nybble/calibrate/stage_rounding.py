@@ -118,7 +118,7 @@ class StageRounding:
         stored: dict[tuple[str, ...], StoredEvidence] = {}
         folder = self.folder
         if self.workers is not None and jobs:
-            folder = stack.enter_context(scratch_folder(self.folder / "dense"))
+            folder = stack.enter_context(scratch_folder(self.folder, "dense"))
         for job in jobs:
             key = _key(job, statistics.fit)
             uses[key] -= 1

@@ -219,8 +219,13 @@ class Statistics:
             self.rounded,
             plain_share=self.plain_share,
             residual_share=self.residual_share,
-            means={modules: (m.energy, m.residual) for modules, m in self.fit.items()},
+            means={**self.means, **{m: (x.energy, x.residual) for m, x in self.fit.items()}},
         )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no input is measured or kept."""
+        return not self.wanted and not self.kept_modules
 
     def merge(self, later: Statistics) -> None:
         """Add what was measured of rows that come later; its matrices may be taken over."""

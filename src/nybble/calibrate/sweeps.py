@@ -6,12 +6,14 @@ order of the shards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import secrets
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from nybble.calibrate.agreement import Choices
-from nybble.calibrate.scale_out import Workers
+from nybble.calibrate.scale_out import Workers, tasks_under_way
 from nybble.calibrate.shard_tasks import (
     Notes,
     ShardResult,
@@ -62,12 +64,13 @@ class Sweep:
     def by(self, workers: Workers, notes: Notes, *, keeps: bool, folder: Path) -> None:
         """The same by workers, which see `folder` and take from it what they need; it is left as it
         was."""
-        with scratch_folder(folder / "shards") as scratch:
-            held = store_weights(self.held, scratch / "held") if self.held else None
+        with scratch_folder(folder, "shards") as scratch:
+            # A name that no layer had before: what a machine remembers of a file is another's.
+            file = scratch / f"held-{secrets.token_hex(8)}"
+            held = store_weights(self.held, file) if self.held else None
             for shards in self._together(notes):
-                tasks = [self._task(s, notes, held, scratch, keeps=keeps) for s in shards]
-                results = workers.map(run_task, tasks)
-                for shard, found in zip(shards, results, strict=True):
+                tasks = (self._task(s, notes, held, scratch, keeps=keeps) for s in shards)
+                for shard, found in zip(shards, _few_at_once(workers, tasks), strict=True):
                     self._take(shard, found, notes)
         if keeps:
             self.stream.complete(self.number)
@@ -116,3 +119,15 @@ class Sweep:
         if isinstance(notes, Choices) and found.chosen is not None:
             notes.add(found.chosen)
         self.stream.progress.advance(shard.rows, self.layer.name)
+
+
+def _few_at_once(workers: Workers, tasks: Iterable[ShardTask]) -> Iterator[ShardResult]:
+    """Results in the order of the tasks; no more are under way or waited for than keep the workers
+    busy, for each leaves matrices on the disk."""
+    under_way: deque[Iterator[ShardResult]] = deque()
+    for task in tasks:
+        if len(under_way) == tasks_under_way(workers.at_once):
+            yield next(under_way.popleft())
+        under_way.append(workers.map(run_task, [task]))
+    while under_way:
+        yield next(under_way.popleft())

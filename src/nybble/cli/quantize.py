@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,8 +59,15 @@ class Command(TyperCommand):
 def _with_default(args: list[str]) -> Iterator[str]:
     for arg, following in zip(args, [*args[1:], "--"], strict=True):
         yield arg
-        if arg == CALIBRATE and (following.startswith("-") or Path(following).is_dir()):
+        if arg == CALIBRATE and (following.startswith("-") or _is_model(following)):
             yield "default"
+
+
+def _is_model(value: str) -> bool:
+    """Whether what follows --calibrate is the folder to quantize: a preset's name goes first."""
+    from nybble.calibrate.presets import PRESETS
+
+    return os.path.isdir(value) and value not in PRESETS
 
 
 def command(
@@ -90,7 +98,8 @@ def command(
             CALIBRATE,
             metavar="[TEXT|PRESET]",
             help="Choose codes by what passes through each linear: on a .txt, .jsonl or .json of "
-            "yours, or a preset (nvidia:FOLDER, infatoshi); without: the project's own mixture.",
+            "yours, or a preset (nvidia:FOLDER, infatoshi); without, the project's own "
+            "mixture, and then it may not stand right before OUT.",
         ),
     ] = None,
     effort: Annotated[

@@ -110,14 +110,14 @@ class ShardForward:
         cache = self._cache(number)
         for windows, batch in zip(self.shard.batches, self._batches, strict=True):
             start, stop = self.starts[windows[0]], self.starts[windows[-1] + 1]
-            rows = read(start, stop)
-            if before is not None:
-                before(rows)
-            try:
-                with torch_alone():
+            with torch_alone():
+                rows = read(start, stop)
+                if before is not None:
+                    before(rows)
+                try:
                     found = layer(rows, batch, cache, mode)
-            except EngineError as error:
-                raise self.model.explained(number, error) from error
+                except EngineError as error:
+                    raise self.model.explained(number, error) from error
             yield start, found
 
     @cached_property

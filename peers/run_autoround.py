@@ -49,7 +49,15 @@ def quantize(options: argparse.Namespace) -> None:
         amp=False,
     )
     rounder.quantize_and_save(options.out, format="llm_compressor")
-    declare_weights_alone(Path(options.out) / "config.json")
+    out = Path(options.out)
+    # Into a folder of its own below, where its optional libraries are not all there.
+    for inner in (
+        [] if (out / "config.json").exists() else [p.parent for p in out.glob("*/config.json")]
+    ):
+        for file in inner.iterdir():
+            file.rename(out / file.name)
+        inner.rmdir()
+    declare_weights_alone(out / "config.json")
 
 
 def declare_weights_alone(path: Path) -> None:

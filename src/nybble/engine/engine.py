@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -317,8 +316,8 @@ class Engine:
         """Where turns of a prompt end."""
         if request.boundaries is not None or self.scheduler.cache is None:
             return request.boundaries or ()
-        ends = np.isin(np.array(request.prompt), sorted(self.tokenizer.eos_ids))
-        return tuple((np.flatnonzero(ends) + 1).tolist())
+        ends = self.tokenizer.eos_ids
+        return tuple(at for at, token in enumerate(request.prompt, 1) if token in ends)
 
     def cancel(self, id: str) -> list[Event]:
         """End a request now and free what it holds; nothing, if it has ended or never began."""

@@ -168,7 +168,7 @@ def test_an_occupied_place_a_full_disk_and_false_conditions_stop_it_first(tmp_pa
             return 1000
 
     windows, _, head = parts()
-    with pytest.raises(DoesNotFit, match="GiB to write"):
+    with pytest.raises(DoesNotFit, match="KiB to write, 1000 bytes free"):
         PackWriter(tmp_path / "a", conditions_of(windows), windows, head, disk=Full())
     with pytest.raises(EvaluationError, match="6 windows with 47 scored tokens .* 2 and 1022"):
         PackWriter(tmp_path / "a", CONDITIONS, windows, head)

@@ -274,7 +274,8 @@ FN void NAME(few_chunk)(const int format, const int mr, const int is_odd, const 
 }
 
 /* A window times mr rows of x. Each line of codes and scales is asked of memory some time before: AHEAD bytes on in its
- * row, or at the like place of the rows to come. */
+ * row, or at the like place of the rows to come. Into the second cache: the first has too few places for lines that are
+ * on their way (a Zen 4 read 40 % of its bandwidth with them, and 80 % without). */
 FN void NAME(few_rows)(const int format, const int mr, const int is_odd, const task *t,
                        const window *w, const char *x, float *y) {
   NAME(place) p = NAME(find)(format, t, w);
@@ -288,8 +289,8 @@ FN void NAME(few_rows)(const int format, const int mr, const int is_odd, const t
   int64_t left = t->k;
   for (; left >= CHUNK; left -= CHUNK) {
     const uint8_t *ahead = p.codes + AHEAD + (left / 2 > AHEAD ? 0 : next);
-    UNROLL for (int j = 0; j < 2 * PAIRS; j++) _mm_prefetch((const char *)ahead + j * p.apart, _MM_HINT_T0);
-    _mm_prefetch((const char *)next_scales, _MM_HINT_T0);
+    UNROLL for (int j = 0; j < 2 * PAIRS; j++) _mm_prefetch((const char *)ahead + j * p.apart, _MM_HINT_T1);
+    _mm_prefetch((const char *)next_scales, _MM_HINT_T1);
     NAME(few_chunk)(format, mr, is_odd, 0, table, &p, left, x, t->x_stride, sums);
     p.codes += CHUNK / 2;
     p.scales += scale_bytes;

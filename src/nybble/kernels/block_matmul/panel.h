@@ -162,8 +162,8 @@ FN void few_rows(const int format, const int mr, const task *t, int64_t row) {
   for (; at + 64 <= t->k; at += 64) {
     const int64_t soon = at * width + 2 * AHEAD / width, ahead = soon + (soon < row_length ? 0 : next);
     UNROLL for (int j = 0; j < 4; j++) {
-      _mm_prefetch((const char *)codes[j] + ahead, _MM_HINT_T0);
-      if (width == 2) _mm_prefetch((const char *)codes[j] + ahead + 64, _MM_HINT_T0);
+      _mm_prefetch((const char *)codes[j] + ahead, _MM_HINT_T1);
+      if (width == 2) _mm_prefetch((const char *)codes[j] + ahead + 64, _MM_HINT_T1);
     }
     few_64(&c, format, mr, 0, codes, scales, at, t->k, t->x, t->x_stride, sums, part);
   }

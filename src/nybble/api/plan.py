@@ -13,6 +13,7 @@ from nybble.checkpoint.reader import Checkpoint
 from nybble.errors import RecipeError
 from nybble.plan.plan import Plan, make_plan
 from nybble.plan.recipe import Recipe, load_recipe
+from nybble.plan.untied import untied
 
 LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (ModelOpt(), CompressedTensors())}
 
@@ -31,17 +32,39 @@ def plan(
     layout: str = "modelopt",
     generic: bool = False,
     data_free: bool = False,
+    untie_head: bool = False,
 ) -> Plan:
     """The plan of a recipe for a local checkpoint folder; headers without data will do.
 
     `data_free` plans what a run without measured activations writes; RecipeError if the recipe has
-    no such form. Raises as `make_plan` does.
+    no such form. `untie_head` gives a tied model a head of its own, with codes. Raises as
+    `make_plan` and `untied` do.
     """
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     if data_free:
         chosen = chosen.without_data()
-    checkpoint = Checkpoint.open(Path(model), headers_only=True)
+    checkpoint = open_source(
+        model, chosen, headers_only=True, generic=generic, untie_head=untie_head
+    )
     return make_plan(checkpoint, chosen, find_layout(layout), generic=generic)
+
+
+def open_source(
+    model: str | PathLike[str],
+    recipe: Recipe,
+    *,
+    headers_only: bool,
+    generic: bool,
+    untie_head: bool,
+) -> Checkpoint:
+    """The checkpoint to quantize, seen with a head of its own where that is asked for."""
+    if untie_head and generic:
+        raise RecipeError(
+            "--untie-head needs a model type that is known: --generic guesses which matrix is the "
+            "embedding, and cannot tell whether it is the head too; leave one out"
+        )
+    checkpoint = Checkpoint.open(Path(model), headers_only=headers_only)
+    return untied(checkpoint, recipe) if untie_head else checkpoint
 
 
 def data_free_form(found: Plan, *, generic: bool = False) -> Plan | None:
@@ -134,6 +157,7 @@ __all__ = [
     "as_json",
     "data_free_form",
     "find_layout",
+    "open_source",
     "plan",
     "totals",
 ]

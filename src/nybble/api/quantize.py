@@ -23,14 +23,13 @@ from nybble.api.calibrated import (
 )
 from nybble.api.check import finding_json
 from nybble.api.input_measurement import Measure, input_measurement, refuse_missing
-from nybble.api.plan import find_layout, totals
+from nybble.api.plan import find_layout, open_source, totals
 from nybble.calibrate.report import Report, read_report
 from nybble.check.audit import Audit, audit
 from nybble.check.rule import Finding, Severity
 from nybble.check.run import run_rules, select_rules
 from nybble.check.survey import Survey, Target
 from nybble.checkpoint.disk import Disk
-from nybble.checkpoint.reader import Checkpoint
 from nybble.checkpoint.writer import JOURNAL, SHARD_BYTES, partial_folder, refuse_inside
 from nybble.errors import CheckFailed, RecipeError
 from nybble.formats.search import Search
@@ -162,6 +161,7 @@ def quantize(
     resume: bool = False,
     generic: bool = False,
     data_free: bool = False,
+    untie_head: bool = False,
     calibrate: str | PathLike[str] | None = None,
     effort: str | None = None,
     samples: int | None = None,
@@ -184,7 +184,9 @@ def quantize(
     `calibration_tokens` tokens (default CALIBRATION_TOKENS) of the file `calibration_text`
     (default: the project's own mixture), the largest magnitudes times `headroom` (default
     HEADROOM). `measure` replaces that pass. `data_free` measures nothing and makes the recipe's
-    form without such scales. A resumed run goes on with the scales it began with.
+    form without such scales. A resumed run goes on with the scales it began with. `untie_head`
+    gives a tied model an output head of its own, in the recipe's format for `lm_head`; the
+    embedding stays as it is.
 
     `calibrate` chooses the codes of NVFP4 linears by what passes through them: a preset ("default",
     "nvidia:FOLDER", "infatoshi") or a file, of which `samples` windows of `length` tokens are used;
@@ -233,7 +235,9 @@ def quantize(
     refuse_inside(Path(model), target)
     stage = _stage(target, dry_run=dry_run, resume=resume)
     options = Options(search, shard_size, threads, resume, allow_mixed)
-    with Checkpoint.open(Path(model), headers_only=dry_run) as checkpoint:
+    with open_source(
+        model, chosen, headers_only=dry_run, generic=generic, untie_head=untie_head
+    ) as checkpoint:
         made = make_plan(
             checkpoint, chosen, find_layout(layout), generic=generic, kv_scales=kv_scales
         )

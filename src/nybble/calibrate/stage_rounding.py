@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from nybble.calibrate.scale_out import Workers
 from nybble.calibrate.stages import is_rounded
 from nybble.calibrate.statistics import Moments, Rounding, Statistics
 from nybble.calibrate.task_files import scratch_folder
+from nybble.checkpoint.reader import Checkpoint
 from nybble.formats.block import NVFP4
 from nybble.formats.element import F32Array
 from nybble.formats.search import Search
@@ -132,7 +133,7 @@ class StageRounding:
                     stored[key] = store(known, folder / str(len(stored)))
                 known = stored[key]
             scale = self._scales([job])[job.members[0].module]
-            parts = list(_parts(job))
+            parts = list(_parts(job, self.plan.checkpoint))
             peak = self._peak(job) if len(parts) > 1 else None
             tasks = [
                 DenseTask(
@@ -244,9 +245,10 @@ def _key(job: Job, known: Mapping[tuple[str, ...], Moments]) -> tuple[str, ...]:
     return next((modules for modules in known if module in modules), ())
 
 
-def _parts(job: Job) -> Iterator[tuple[Rows, ...]]:
-    """All rows of a job: at once where that is little, else PART_WEIGHTS at a time."""
-    members = job.members
+def _parts(job: Job, checkpoint: Checkpoint) -> Iterator[tuple[Rows, ...]]:
+    """All rows of a job: at once where that is little, else PART_WEIGHTS at a time. By the names
+    in the files, as a worker opens them."""
+    members = [replace(m, source=checkpoint.stored_name(m.source)) for m in job.members]
     if sum(m.shape[0] * m.shape[1] for m in members) <= PART_WEIGHTS:
         yield tuple(Rows(m, 0, m.shape[0]) for m in members)
         return

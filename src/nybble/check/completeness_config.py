@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from nybble.check.completeness_source import head_of_tied
 from nybble.check.rule import Finding, Rule, Severity
 from nybble.check.survey import CONFIG, Survey
 from nybble.check.wording import first_of, plural
 from nybble.checkpoint.safetensors import show
+from nybble.families.dimensions import TIED
 
 #: Keys, at any depth, that change what is computed, or what is loaded. Others (versions, paths,
 #: training constants, the quantization itself) may differ between a model and its copy.
@@ -19,7 +21,7 @@ _COMPUTED = frozenset(
         *("rope_theta", "rope_type", "partial_rotary_factor", "mrope_section", "factor"),
         *("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
         *("low_freq_factor", "high_freq_factor", "mrope_interleaved", "sliding_window"),
-        *("rms_norm_eps", "layer_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+        *("rms_norm_eps", "layer_norm_eps", TIED, "attention_bias", "mlp_bias"),
         *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
         *("shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers"),
         *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"),
@@ -40,7 +42,11 @@ def _differences(survey: Survey) -> Iterator[Finding]:
         f"{key}: {show(theirs[key])} became {show(mine[key])}"
         for key in theirs
         # What an exporter leaves out or adds are defaults, as a rule.
-        if key in mine and mine[key] != theirs[key] and key.rpartition(".")[2] in _COMPUTED
+        if key in mine
+        and mine[key] != theirs[key]
+        and key.rpartition(".")[2] in _COMPUTED
+        # What such a head holds is held against the embedding.
+        and not (key.rpartition(".")[2] == TIED and _has_head_of_its_own(survey, source))
     ]
     if changed:
         yield CONFIG_DIFFERS.finding(
@@ -49,6 +55,13 @@ def _differences(survey: Survey) -> Iterator[Finding]:
             changed,
             file=CONFIG,
         )
+
+
+def _has_head_of_its_own(survey: Survey, source: Survey) -> bool:
+    """A tied source became an untied checkpoint, and the head is there."""
+    is_untied = survey.dimensions is not None and not survey.dimensions.tied
+    heads = (m for m in survey.modules if m.role == "lm_head")
+    return is_untied and any(head_of_tied(source, f"{m.name}.weight") for m in heads)
 
 
 def _flat(config: Mapping[str, object], at: str = "") -> Iterator[tuple[str, object]]:

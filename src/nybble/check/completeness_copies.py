@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.check.completeness_inventory import leaf_of
-from nybble.check.completeness_source import STACKS, spellings
+from nybble.check.completeness_source import STACKS, head_of_tied, spellings
 from nybble.check.contents import SIDE
 from nybble.check.rule import Finding, Rule, Severity
 from nybble.check.survey import Survey
@@ -135,7 +135,8 @@ def find_in_source(survey: Survey, source: Survey, name: str) -> TensorInfo | No
         found = source.tensors.get(spelled) or _slice(source, spelled)
         if found is not None:
             return found if found.dtype in PLAIN else None
-    return None
+    tied = source.tensors.get(head_of_tied(source, name))
+    return tied if tied is not None and tied.dtype in PLAIN else None
 
 
 def _slice(source: Survey, name: str) -> TensorInfo | None:

@@ -48,7 +48,7 @@ def _added(survey: Survey) -> Iterator[Finding]:
     added = [
         name
         for name in sorted(take_inventory(survey).names)
-        if not _is_there(source, survey, name, have)
+        if not _is_there(source, survey, name, have) and not head_of_tied(source, name)
     ]
     if added:
         yield NOT_IN_SOURCE.finding(
@@ -104,6 +104,22 @@ def spellings(family: Family | None, name: str) -> Iterator[str]:
         for prefix in claimed.claim.prefixes or family.prefixes:
             if prefix != claimed.prefix:
                 yield prefix + tail
+
+
+def head_of_tied(source: Survey, name: str) -> str:
+    """The embedding, where `name` is an output head and the source is tied: what the head of its
+    own was made of that a copy of the model may have. Else ""."""
+    family, dims = source.family, source.dimensions
+    claimed = family.claim(name) if family else None
+    if family is None or claimed is None or claimed.claim.role != "lm_head":
+        return ""
+    if dims is None or not dims.tied:
+        return ""
+    for tensor in source.tensors:
+        other = family.claim(tensor)
+        if other is not None and other.claim.role == "embedding":
+            return tensor
+    return ""
 
 
 # -------------------------------------------------------------------------------------- the rules

@@ -64,6 +64,7 @@ class Checkpoint:
 
     `tensors` is ordered by file name, then offset. `unindexed` names the safetensors files that the
     index does not use; they are no part of the model. `config_sha256` is of config.json's bytes.
+    `aliases` (`with_alias`) maps names that the files do not have to those that they are there.
     Several threads may read.
     """
 
@@ -85,6 +86,7 @@ class Checkpoint:
         self.unindexed = unindexed
         self.config_sha256 = config_sha256
         self._shard = {shard.name: shard for shard in shards}
+        self.aliases: dict[str, str] = {}
         self._maps: dict[str, tuple[mmap.mmap, U8Array]] = {}
         self._is_closed = False
 
@@ -123,6 +125,30 @@ class Checkpoint:
             unindexed,
             hashlib.sha256(config_bytes).hexdigest(),
         )
+
+    def with_alias(self, alias: str, name: str, config: dict[str, object]) -> Checkpoint:
+        """The same files with one tensor more: `alias`, which is the bytes of `name`, and another
+        configuration. Nothing is written; the files are mapped anew."""
+        tensors = {}
+        for key, info in self.tensors.items():
+            tensors[key] = info
+            if key == name:
+                tensors[alias] = info._replace(name=alias)
+        made = Checkpoint(
+            self.path,
+            tensors,
+            self.shards,
+            config,
+            self.index_metadata,
+            self.unindexed,
+            self.config_sha256,
+        )
+        made.aliases = {**self.aliases, alias: self.stored_name(name)}
+        return made
+
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in the files: another name for an alias."""
+        return self.aliases.get(name, name)
 
     def raw(self, name: str) -> U8Array:
         """The bytes of a tensor, one-dimensional: a read-only view of the mapped file."""

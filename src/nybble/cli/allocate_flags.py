@@ -94,6 +94,7 @@ def run(
     resume: bool,
     generic: bool,
     data_free: bool,
+    untie_head: bool,
     calibrate: str | None,
     effort: str | None,
     samples: int | None,
@@ -114,6 +115,12 @@ def run(
             "an allocation is only known after measuring, of a model that nybble computes, on the "
             "guard windows of a calibration text: leave --dry-run, --generic and "
             "--calibration-tokens out (--samples and --length say how much text)"
+        )
+
+    if untie_head:
+        raise RecipeError(
+            "--untie-head and a target of bits or bytes are not made for each other yet; leave one "
+            "out"
         )
 
     def show(rows: Sequence[Row], chosen: str) -> None:

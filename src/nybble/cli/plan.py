@@ -27,6 +27,14 @@ DataFree = Annotated[
     bool,
     typer.Option("--data-free", help="Measure no input scales: the recipe's form without them."),
 ]
+UntieHead = Annotated[
+    bool,
+    typer.Option(
+        "--untie-head",
+        help="Give a tied model an output head of its own, in the recipe's format: a larger "
+        "folder, of which every token reads less.",
+    ),
+]
 Generic = Annotated[
     bool, typer.Option("--generic", help="Unknown model type: weight-only, by shapes and names.")
 ]
@@ -37,6 +45,7 @@ def command(
     recipe: RecipeName = "nvfp4",
     layout: LayoutName = "modelopt",
     data_free: DataFree = False,
+    untie_head: UntieHead = False,
     generic: Generic = False,
     json: JsonFlag = False,
     output_format: OutputFormat = "text",
@@ -47,7 +56,9 @@ def command(
 
     check_words(recipe, layout)
     is_json = wants_json(json, output_format)
-    found = plan(model, recipe, layout=layout, generic=generic, data_free=data_free)
+    found = plan(
+        model, recipe, layout=layout, generic=generic, data_free=data_free, untie_head=untie_head
+    )
     without_data = data_free_form(found, generic=generic)
     if is_json:
         write_json(as_json(found, without_data))

@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from nybble.cli.allocate_flags import Formats, TargetBits, TargetSize
 from nybble.cli.output import JsonFlag, OutputFormat, wants_json
-from nybble.cli.plan import DataFree, Generic, LayoutName, Model, RecipeName
+from nybble.cli.plan import DataFree, Generic, LayoutName, Model, RecipeName, UntieHead
 
 if TYPE_CHECKING:
     from nybble.api.quantize import Result
@@ -33,6 +33,7 @@ class Options(TypedDict):
     resume: bool
     generic: bool
     data_free: bool
+    untie_head: bool
     calibrate: str | None
     effort: str | None
     samples: int | None
@@ -92,6 +93,7 @@ def command(
     ] = False,
     generic: Generic = False,
     data_free: DataFree = False,
+    untie_head: UntieHead = False,
     calibrate: Annotated[
         str | None,
         typer.Option(
@@ -203,6 +205,7 @@ def command(
         "resume": resume,
         "generic": generic,
         "data_free": data_free,
+        "untie_head": untie_head,
         "calibrate": calibrate,
         "effort": effort,
         "samples": samples,

@@ -35,6 +35,9 @@ VISION = "vision"
 MTP = "mtp"
 GENERIC = "generic"  # nothing at all: the sizes are unknown
 
+#: The key, at the top or in the text section, by which the head is the embedding.
+TIED = "tie_word_embeddings"
+
 # What a configuration may make nybble look for, name by name: layers, and experts of all layers
 # together. Twice as many as any model that is known, at the least.
 LAYER_LIMIT = 1024
@@ -268,7 +271,7 @@ def read_dimensions(config: Mapping[str, object], reads: frozenset[str]) -> Dime
         layers=layers,
         hidden=hidden,
         vocab=text.number("vocab_size"),
-        tied=text.flag("tie_word_embeddings", False) or top.flag("tie_word_embeddings", False),
+        tied=text.flag(TIED, False) or top.flag(TIED, False),
         layer_types=_layer_types(text, layers, is_hybrid),
         has_experts=has_experts,
         heads=heads,

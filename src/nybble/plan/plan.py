@@ -229,7 +229,15 @@ def make_plan(
     if refusal := layout.refusal(list({id(j.scheme): j.scheme for j in drafts.values()}.values())):
         raise RecipeError(f"recipe {recipe.name}: {refusal}")
     if dimensions.tied and any("lm_head" in r.roles and r.scheme.weight for r in recipe.rules):
-        notes.append("lm_head is tied to the embedding and stays as it is: the look-up needs it")
+        notes.append(
+            "lm_head is tied to the embedding and stays as it is: the look-up needs it. "
+            "--untie-head gives it codes of its own"
+        )
+    notes += [
+        f"{alias}: the bytes of {name}, which stays for the look-up, as a tensor of its own; "
+        "config.json will not tie them"
+        for alias, name in checkpoint.aliases.items()
+    ]
     notes += _downgrades(recipe, tensors, claims, layout)
     scalars = plan_kv_scales(recipe, layout, claims) if kv_scales else ()
     if recipe.kv_cache and not layout.declares_kv_cache and not scalars:

@@ -11,7 +11,10 @@
 #endif
 
 #define MAX_WORKERS 255
-#define SPIN 2000 /* 20 to 100 us: longer than the gap between the calls of a step, shorter than a time slice */
+/* Turns of waiting before sleep, shorter than a time slice. A caller: 20 to 100 us. A worker: 100 to 400 us, longer than
+ * Python takes between the programs of a step, for to be woken took 20 us of each program. */
+#define SPIN 2000
+#define IDLE_SPIN 10000
 
 /* A job belongs to a ticket. Who takes an index of it does so by one exchange on `next`, which holds the ticket too: a
  * worker that comes late, having read what a job was, cannot take part in another. So the caller waits for the work, not
@@ -81,7 +84,7 @@ static void *worker(void *argument) {
   uint32_t seen = pool.born[id];
   for (;;) {
     for (int spin = 0; atomic_load(&pool.ticket) == seen; spin++) {
-      if (spin < SPIN) {
+      if (spin < IDLE_SPIN) {
         relax();
         continue;
       }

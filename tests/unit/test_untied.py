@@ -88,6 +88,8 @@ def test_a_plan_counts_a_head_that_is_read_instead_of_the_embedding(tmp_path: Pa
         vocab * hidden * 9 // 16 + 4
     )  # 4 bits, an eighth bit of scale for each, the scale of all
     assert totals(untied).bytes - totals(kept).bytes == codes
+    for name in ("source_tensors", "source_bytes", "source_bytes_per_token"):
+        assert getattr(totals(untied), name) == getattr(totals(kept), name), name
     assert (
         totals(kept).bytes_per_token - totals(untied).bytes_per_token == 2 * vocab * hidden - codes
     )

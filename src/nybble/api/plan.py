@@ -128,6 +128,8 @@ class Totals:
 def totals(found: Plan) -> Totals:
     """Sum up a plan."""
     source = sum(row.source_bytes for row in found.rows)
+    aliases = found.checkpoint.aliases  # in the files there is nothing of theirs
+    source -= sum(found.checkpoint.tensors[name].nbytes for name in aliases)
     parameters = sum(row.parameters for row in found.rows)
     quantized = sum(len(found.leaves(j.scheme, m.shape)) for j in found.jobs for m in j.members)
     active_source = sum(
@@ -136,7 +138,7 @@ def totals(found: Plan) -> Totals:
         if row.parameters
     )
     return Totals(
-        source_tensors=len(found.checkpoint.tensors),
+        source_tensors=len(found.checkpoint.tensors) - len(aliases),
         tensors=len(found.copies) + quantized,
         parameters=parameters,
         active_parameters=sum(row.active for row in found.rows),

@@ -490,9 +490,12 @@ class Engine:
             begun = time.monotonic()
             self._propose(drafting, step)
             took = time.monotonic() - begun
-        if all(share.is_sampled and share.work.is_recurrent for share in step.shares):
-            rows = sum(len(share.work.tokens) for share in step.shares)
-            drafting.speculation.note_step(len(step.shares), rows, computed_s, took)
+        rows = 0
+        for share in step.shares:
+            if not (share.is_sampled and share.work.is_recurrent):
+                return
+            rows += len(share.work.tokens)
+        drafting.speculation.note_step(len(step.shares), rows, computed_s, took)
 
     def _propose(self, drafting: Drafting, step: _Step) -> None:
         parts = [Part(s, n, s.is_ended) for s, n in step.parts if self._lives(s)]

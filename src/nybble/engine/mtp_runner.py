@@ -125,13 +125,13 @@ class MtpRunner:
     def finish(self, works: Sequence[Work]) -> None:
         """After a forward: hidden states go where it wrote the states of their tokens."""
         held, rows, at = self._held, self._rows, self._sequences
-        for work in works:
+        ran: list[_Ran | None] = [None] * len(works)
+        self._ran = ran
+        for i, work in enumerate(works):
             if work.has_hidden:
                 for count, slot in written_states(work):
                     held[slot] = rows[at + count - 1]
-                self._ran.append(_Ran(at, work.length, len(work.tokens)))
-            else:
-                self._ran.append(None)
+                ran[i] = _Ran(at, work.length, len(work.tokens))
             at += len(work.tokens)
 
     # --------------------------------------------------------------------------------- guessing

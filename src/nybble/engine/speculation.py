@@ -226,10 +226,12 @@ class Speculation:
         if self.fixed is not None or rows > sequences * (1 + self.most):
             return
         self._now += 1
-        regime = self._regime(sequences)
-        regime.seen += 1
-        is_sample = regime.seen <= regime.rests
-        if is_sample and regime.seen % _SAMPLE:
+        regime = self._regimes.get(sequences) if sequences <= 16 else None
+        if regime is None:
+            regime = self._regime(sequences)
+        seen = regime.seen = regime.seen + 1
+        is_sample = seen <= regime.rests
+        if is_sample and seen % _SAMPLE:
             return
         regime.steps.note((rows - sequences) / sequences, seconds, self._now)
         if self._made is not None and rows > sequences:

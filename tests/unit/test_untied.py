@@ -4,6 +4,7 @@ so, and nothing else that differs."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dialects
 import tiny
+from command_line import asking
+from measured import Pass
 from nybble.api.plan import open_source, plan, totals
 from nybble.api.quantize import quantize
 from nybble.check.run import run_rules
@@ -31,6 +34,17 @@ EMBEDDING = {
     "qwen3_5": "model.language_model.embed_tokens",
     "qwen3_5_moe": "model.language_model.embed_tokens",
 }
+
+
+MLP = '[[rule]]\nroles = ["mlp"]\nscheme = "nvfp4-w4a16"\n'
+HEAD = '[[rule]]\nroles = ["lm_head", "mlp"]\nscheme = "nvfp4-w4a16"\n'
+HEAD_KEPT = '[[rule]]\nroles = ["lm_head"]\nscheme = "bf16"\n'
+HEAD_BELOW_LAYERS = """
+[[rule]]
+roles = ["lm_head", "attention"]
+modules = ["*.layers.*"]
+scheme = "nvfp4-w4a16"
+"""
 
 
 def tied(folder: Path, family: str, **options: Any) -> Path:
@@ -105,7 +119,9 @@ def test_a_plan_counts_a_head_that_is_read_instead_of_the_embedding(tmp_path: Pa
     ("change", "kind", "words"),
     [
         ({"tie_word_embeddings": False}, ModelError, "does not tie .*; leave --untie-head out"),
-        ({"recipe": "experts"}, RecipeError, "leaves lm_head as it is"),
+        ({"recipe": MLP}, RecipeError, "leaves lm_head.weight as it is"),
+        ({"recipe": HEAD_BELOW_LAYERS + MLP}, RecipeError, "leaves lm_head.weight as it is"),
+        ({"recipe": HEAD_KEPT + HEAD}, RecipeError, "leaves lm_head.weight as it is"),
         ({"generic": True}, RecipeError, "--generic guesses"),
         ({"stored": True}, ModelError, "the files hold lm_head.weight"),
         ({"model_type": "gpt2"}, ModelError, "gpt2"),
@@ -120,7 +136,7 @@ def test_what_cannot_be_untied_says_why(
     source = tiny.checkpoint(tmp_path / "m", "qwen3", **options)
     recipe = load_recipe("nvfp4-all")
     if "recipe" in change:
-        recipe = parse_recipe("mine", '[[rule]]\nroles = ["mlp"]\nscheme = "nvfp4-w4a16"\n')
+        recipe = parse_recipe("mine", change["recipe"])
     if "stored" in change:
         vector = tiny.array(tiny.read(source)["model.embed_tokens.weight"])
         tiny.write_safetensors(source / "head.safetensors", {"lm_head.weight": vector})
@@ -138,6 +154,76 @@ def test_what_cannot_be_untied_says_why(
             generic=change.get("generic", False),
         )
     assert tiny.tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_what_passes_into_it_is_measured(tmp_path: Path, layout: str) -> None:
+    """A head whose inputs are quantized too stores their scale, as any linear does."""
+    pytest.importorskip("torch")
+    source = tied(tmp_path / "m", "qwen3")
+    recipe = parse_recipe("mine", HEAD.replace("w4a16", "w4a4"))
+    measure = Pass(lm_head=3.0)
+    made = quantize(source, tmp_path / "q", recipe, layout=layout, untie_head=True, measure=measure)
+    assert measure.calls == 1
+    assert made.input_scales is not None
+    assert made.input_scales.values["lm_head"] > 0
+    assert any(n.startswith("lm_head.input") for n in tiny.read(tmp_path / "q"))
+
+
+def test_a_run_goes_on_only_as_it_began(tmp_path: Path) -> None:
+    """The journal knows whether the head was untied."""
+    source, out = tied(tmp_path / "m", "qwen3"), tmp_path / "q"
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args: object, **named: object) -> None:
+        raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nybble.checkpoint.writer.CheckpointWriter.finish", stop)
+        with pytest.raises(Stop):
+            quantize(source, out, "nvfp4-all", data_free=True, untie_head=True)
+    with pytest.raises(NybbleError, match="plan"):
+        quantize(source, out, "nvfp4-all", data_free=True, resume=True)
+    quantize(source, out, "nvfp4-all", data_free=True, untie_head=True, resume=True)
+    quantize(source, tmp_path / "at once", "nvfp4-all", data_free=True, untie_head=True)
+    assert tiny.read(out) == tiny.read(tmp_path / "at once")
+
+
+def test_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The source is counted once, before and after; a target of bits is refused in words."""
+    ask, source, out = asking(monkeypatch, capsys), tied(tmp_path / "m", "qwen3"), tmp_path / "q"
+    refused = ask("quantize", source, out, "--untie-head", "--target-bits", "5")
+    assert (refused.code, out.exists()) == (1, False)
+    assert "--untie-head and a target" in refused.err
+    done = ask("quantize", source, out, "-r", "nvfp4-all", "--data-free", "--untie-head")
+    assert done.code == 0
+    sizes = [line for line in done.out.splitlines() if line.startswith(("size ", "total "))]
+    assert len({re.findall(r"[\d.]+ [KM]iB", line)[0] for line in sizes}) == 1, sizes
+    planned = json.loads(ask("plan", source, "-r", "nvfp4-all", "--untie-head", "--json").out)
+    assert planned["source_tensors"] == len(tiny.read(source))
+
+
+def test_promotion_sees_the_head(tmp_path: Path) -> None:
+    """A recipe with a rule for the head alone, which the tied model has no linear for."""
+    pytest.importorskip("torch")
+    from nybble.api.promotion import promoted_recipe
+
+    model = tiny.MODELS / "stories-hybrid-moe"
+    recipe = parse_recipe(
+        "mine",
+        '[[rule]]\nroles = ["lm_head"]\nscheme = "nvfp4-w4a4"\n'
+        '[[rule]]\nroles = ["attention"]\nscheme = "nvfp4-w4a4"\n',
+    )
+    with pytest.raises(RecipeError, match="matches no linear"):
+        promoted_recipe(model, tmp_path / "tied", recipe, tokens=1024, threads=1)
+    made = promoted_recipe(
+        model, tmp_path / "own", recipe, share=0.3, tokens=1024, threads=1, untie_head=True
+    )
+    assert made.promotion is not None
 
 
 # ----------------------------------------------------------------------------------- nybble check
@@ -177,7 +263,7 @@ def test_a_head_of_other_weights_is_found(pair: tuple[Path, Path]) -> None:
             values[f"lm_head.{leaf}"] = values[f"lm_head.{leaf}"][::-1].copy()
 
     change_tensors(pair[1], reverse)
-    assert "lm_head" in " ".join(found(pair).values())
+    assert "lm_head" in found(pair)["NB120"]
 
 
 def test_a_plain_head_must_be_the_embedding(pair: tuple[Path, Path]) -> None:
@@ -201,6 +287,25 @@ def test_untied_and_without_a_head_is_found(pair: tuple[Path, Path]) -> None:
 
     change_tensors(pair[1], drop)
     assert {"NB119", "NB121"} <= found(pair).keys()
+
+
+def test_a_head_that_readers_leave_aside_is_found(pair: tuple[Path, Path]) -> None:
+    """Codes of a head, and a configuration that still ties it: they are never read."""
+    config = json.loads((pair[1] / "config.json").read_text())
+    (pair[1] / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert "NB102" in found(pair)
+
+
+def test_a_head_that_the_source_left_aside_is_another_network(pair: tuple[Path, Path]) -> None:
+    """The source ties its head and stores a stale one, which an untied result would use."""
+    source, out = pair
+    name = "model.embed_tokens.weight"
+    change_tensors(source, lambda values: values.update({"lm_head.weight": -values[name]}))
+    shutil.rmtree(out)
+    shutil.copytree(source, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert "NB121" in found(pair)
 
 
 def test_a_source_with_a_head_of_its_own_is_not_excused(tmp_path: Path) -> None:
@@ -237,9 +342,7 @@ def test_calibration_fits_the_head_here_and_elsewhere(
     recipe = load_recipe("nvfp4-all")
     workers = Elsewhere()
     for name, at in (("here", None), ("there", workers)):
-        with open_source(
-            source, recipe, headers_only=False, generic=False, untie_head=True
-        ) as checkpoint:
+        with open_source(source, headers_only=False, generic=False, untie_head=True) as checkpoint:
             made = make_plan(checkpoint, recipe, find_layout("modelopt"))
             rounder = Calibration(
                 made,

@@ -43,15 +43,12 @@ def plan(
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     if data_free:
         chosen = chosen.without_data()
-    checkpoint = open_source(
-        model, chosen, headers_only=True, generic=generic, untie_head=untie_head
-    )
+    checkpoint = open_source(model, headers_only=True, generic=generic, untie_head=untie_head)
     return make_plan(checkpoint, chosen, find_layout(layout), generic=generic)
 
 
 def open_source(
     model: str | PathLike[str],
-    recipe: Recipe,
     *,
     headers_only: bool,
     generic: bool,
@@ -64,7 +61,7 @@ def open_source(
             "embedding, and cannot tell whether it is the head too; leave one out"
         )
     checkpoint = Checkpoint.open(Path(model), headers_only=headers_only)
-    return untied(checkpoint, recipe) if untie_head else checkpoint
+    return untied(checkpoint) if untie_head else checkpoint
 
 
 def data_free_form(found: Plan, *, generic: bool = False) -> Plan | None:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nybble.api.extras import needs_torch
-from nybble.api.plan import find_layout
+from nybble.api.plan import find_layout, open_source
 from nybble.calibrate.derived import recipe_text
-from nybble.checkpoint.reader import Checkpoint
 from nybble.errors import CheckpointError, TextError
 from nybble.kernels.dispatch import default_threads
 from nybble.machine import available_bytes
@@ -61,6 +60,7 @@ def promoted_recipe(
     windows: Sequence[Tensor] | None = None,
     headroom: float | None = None,
     generic: bool = False,
+    untie_head: bool = False,
     resume: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -70,7 +70,8 @@ def promoted_recipe(
 
     Scales are measured on every other window of `text` (default: the project's own mixture), or of
     some of the ready `windows`, int64 [length], about TOKENS tokens from the first to the last;
-    damage on the windows between. With `resume` a file that was made of the same is taken.
+    damage on the windows between. `untie_head` as in `quantize`. With `resume` a file that was made
+    of the same is taken.
 
     Raises RecipeError for a recipe without W4A4 and a share that is none, TextError for a text that
     is too short, CheckpointError for a file that is in the way, and what measuring raises.
@@ -88,14 +89,16 @@ def promoted_recipe(
 
     progress, threads = progress or Progress(), threads or default_threads()
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    with Checkpoint.open(Path(model)) as checkpoint:
+    with open_source(
+        model, headers_only=False, generic=generic, untie_head=untie_head
+    ) as checkpoint:
         plan = make_plan(checkpoint, chosen, find_layout(layout), generic=generic)
         refuse_nothing_to_promote(plan)
         if windows is None:
             windows = calibration_windows(checkpoint.path, text, tokens)
         else:
             windows = _spread(windows)
-        made_of = _made_of(chosen, share, layout, windows)
+        made_of = _made_of(chosen, share, layout, windows, untied=untie_head)
         if path.exists():
             _refuse_other(path, made_of)
             return Promoted(load_recipe(str(path)), path, None)
@@ -127,11 +130,14 @@ def _spread(windows: Sequence[Tensor]) -> list[Tensor]:
     return [windows[int(i * step)] for i in range(min(count, len(windows)))]
 
 
-def _made_of(recipe: Recipe, share: float | None, layout: str, windows: Sequence[Tensor]) -> str:
+def _made_of(
+    recipe: Recipe, share: float | None, layout: str, windows: Sequence[Tensor], *, untied: bool
+) -> str:
     """What the file is made of: its first line, by which a resumed run knows it."""
     digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in windows)).hexdigest()[:16]
     asked = "what is out of proportion" if share is None else f"share {share:g}"
-    return f"# made by --promote of recipe {recipe.name}, {asked}, {layout}, windows {digest}"
+    head = ", untied" if untied else ""
+    return f"# made by --promote of recipe {recipe.name}, {asked}, {layout}{head}, windows {digest}"
 
 
 def _refuse_other(path: Path, made_of: str) -> None:

@@ -236,7 +236,7 @@ def quantize(
     stage = _stage(target, dry_run=dry_run, resume=resume)
     options = Options(search, shard_size, threads, resume, allow_mixed)
     with open_source(
-        model, chosen, headers_only=dry_run, generic=generic, untie_head=untie_head
+        model, headers_only=dry_run, generic=generic, untie_head=untie_head
     ) as checkpoint:
         made = make_plan(
             checkpoint, chosen, find_layout(layout), generic=generic, kv_scales=kv_scales

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from nybble.check.completeness_source import head_of_tied
+from nybble.check.completeness_source import head_of_tied, is_untied
 from nybble.check.rule import Finding, Rule, Severity
 from nybble.check.survey import CONFIG, Survey
 from nybble.check.wording import first_of, plural
@@ -59,9 +59,8 @@ def _differences(survey: Survey) -> Iterator[Finding]:
 
 def _has_head_of_its_own(survey: Survey, source: Survey) -> bool:
     """A tied source became an untied checkpoint, and the head is there."""
-    is_untied = survey.dimensions is not None and not survey.dimensions.tied
     heads = (m for m in survey.modules if m.role == "lm_head")
-    return is_untied and any(head_of_tied(source, f"{m.name}.weight") for m in heads)
+    return is_untied(survey) and any(head_of_tied(source, f"{m.name}.weight") for m in heads)
 
 
 def _flat(config: Mapping[str, object], at: str = "") -> Iterator[tuple[str, object]]:
@@ -81,7 +80,8 @@ CONFIG_DIFFERS = Rule(
     "config.json says another network than the source's",
     "Sizes, rotary base, norm epsilon, experts per token or the window of attention were edited or "
     "lost: everything loads, and the network computes something else. Only keys that both files "
-    "have are compared, and only those that decide what is computed.",
+    "have are compared, and only those that decide what is computed. A tied model may have got an "
+    "output head of its own, which is then held against the embedding.",
     "Take the values of the source, or `nybble repair --source`.",
     _differences,
     is_repairable=True,

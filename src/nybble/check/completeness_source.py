@@ -48,7 +48,8 @@ def _added(survey: Survey) -> Iterator[Finding]:
     added = [
         name
         for name in sorted(take_inventory(survey).names)
-        if not _is_there(source, survey, name, have) and not head_of_tied(source, name)
+        if not _is_there(source, survey, name, have)
+        and not (is_untied(survey) and head_of_tied(source, name))
     ]
     if added:
         yield NOT_IN_SOURCE.finding(
@@ -106,20 +107,28 @@ def spellings(family: Family | None, name: str) -> Iterator[str]:
                 yield prefix + tail
 
 
+def is_untied(survey: Survey) -> bool:
+    """Whether readers use a head of its own, going by config.json."""
+    return survey.dimensions is not None and not survey.dimensions.tied
+
+
 def head_of_tied(source: Survey, name: str) -> str:
-    """The embedding, where `name` is an output head and the source is tied: what the head of its
-    own was made of that a copy of the model may have. Else ""."""
-    family, dims = source.family, source.dimensions
+    """The source's embedding, where `name` is an output head and the source has none of its own:
+    what such a head of another form of the model was made of. Else ""."""
+    family = source.family
     claimed = family.claim(name) if family else None
     if family is None or claimed is None or claimed.claim.role != "lm_head":
         return ""
-    if dims is None or not dims.tied:
+    if source.dimensions is None or not source.dimensions.tied:
         return ""
+    found = ""
     for tensor in source.tensors:
         other = family.claim(tensor)
-        if other is not None and other.claim.role == "embedding":
-            return tensor
-    return ""
+        role = other.claim.role if other is not None else ""
+        if role == "lm_head":  # readers leave it aside; whether it is the embedding is open
+            return ""
+        found = tensor if role == "embedding" else found
+    return found
 
 
 # -------------------------------------------------------------------------------------- the rules
@@ -150,7 +159,8 @@ NOT_IN_SOURCE = Rule(
     "A tensor that the source does not have",
     "The name has no like in the source under any prefix, stacked or split: a spelling from inside "
     "a program that was saved as it was, or a leftover of another run. Engines stop at it, or skip "
-    "it and leave what they expected unset.",
+    "it and leave what they expected unset. The output head that an untied form of a tied model "
+    "has is no such tensor; one that config.json still ties is, for no reader looks at it.",
     "Rename it to what the source calls it, or remove it.",
     _added,
     needs=frozenset({"source"}),

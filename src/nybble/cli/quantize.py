@@ -320,6 +320,7 @@ def _promoted(
         layout=options["layout"],
         headroom=options["headroom"],
         generic=options["generic"],
+        untie_head=options["untie_head"],
         resume=options["resume"],
         threads=options["jobs"],
         progress=progress,

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 
 def render(result: Result) -> str:
     """What the audit found."""
+    from nybble.api.plan import totals
     from nybble.cli.output import amount, labelled, table
 
     checked = result.audit
     if checked is None:
         return labelled("dry run", f"nothing written to {result.out}") + "\n"
-    source = sum(row.source_bytes for row in result.plan.rows)
+    source = totals(result.plan).source_bytes
     head = ["role", "scheme", "modules", "SQNR dB", "worst", "in module"]
     rows = [
         [

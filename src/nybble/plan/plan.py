@@ -181,8 +181,8 @@ def make_plan(
     Raises ModelError for an unknown model type (unless `generic`), an unclaimed tensor, a shape
     that contradicts the configuration or a missing tensor; RecipeError for a source that is
     quantized already, a rule that matches nothing, a split fused group, experts of a layer that
-    differ, or schemes that the layout cannot carry; FormatError for a weight that does not divide
-    into blocks.
+    differ, a head untied for nothing, or schemes that the layout cannot carry; FormatError for a
+    weight that does not divide into blocks.
     """
     checkpoint.side_files()  # what cannot be carried over is refused now, not after hours of work
     notes = [*refuse_quantized(checkpoint), *_left_behind(checkpoint)]
@@ -232,6 +232,12 @@ def make_plan(
         notes.append(
             "lm_head is tied to the embedding and stays as it is: the look-up needs it. "
             "--untie-head gives it codes of its own"
+        )
+    idle = [c.tensor.name for c in copies if c.tensor.name in checkpoint.aliases]
+    if idle:
+        raise RecipeError(
+            f"recipe {recipe.name} leaves {idle[0]} as it is, so a head of its own would only take "
+            "more bytes; choose a recipe with a rule for lm_head, or leave --untie-head out"
         )
     notes += [
         f"{alias}: the bytes of {name}, which stays for the look-up, as a tensor of its own; "

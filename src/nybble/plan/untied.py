@@ -12,20 +12,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nybble.checkpoint.reader import Checkpoint
-from nybble.errors import ModelError, RecipeError
+from nybble.errors import ModelError
 from nybble.families import Claimed, find_family
 from nybble.families.dimensions import TIED
-from nybble.plan.recipe import Recipe
 
 HEAD = "lm_head.weight"
 
 
-def untied(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+def untied(checkpoint: Checkpoint) -> Checkpoint:
     """The same files with the head `lm_head.weight`, and a configuration that does not tie it.
 
     Raises ModelError for an unknown model type, a model whose head is not tied and a head that lies
-    in the files already; RecipeError for a recipe that leaves the head as it is, for which nothing
-    would be won.
+    in the files already. Planning refuses recipes that would leave such a head as it is.
     """
     where = checkpoint.path
     if not checkpoint.config:
@@ -40,11 +38,6 @@ def untied(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
         raise ModelError(
             f"{where}: the model is tied, and yet the files hold {HEAD}, which readers leave "
             "aside; remove that tensor, or correct tie_word_embeddings in config.json"
-        )
-    if not any("lm_head" in rule.roles and rule.scheme.weight for rule in recipe.rules):
-        raise RecipeError(
-            f"recipe {recipe.name} leaves lm_head as it is, so a head of its own would only take "
-            "more bytes; choose a recipe with a rule for lm_head, or leave --untie-head out"
         )
     names = [n for n in checkpoint.tensors if _is_embedding(family.claim(n))]
     if len(names) != 1:

@@ -41,7 +41,7 @@ _LEAST_TIMES = {False: 2, True: 3}
 _BORROWED_STEPS = 8
 
 #: Drafts must give so many times the tokens a second, or none is asked for: less is noise.
-_WORTH = 1.02
+_WORTH = 1.05
 
 #: What was decided stands for one step more for every so many that were seen, at most for so many.
 _SEEN_FOR_ONE, _LONGEST_STAND = 8, 8

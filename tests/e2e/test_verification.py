@@ -9,7 +9,7 @@ import pytest
 
 import tiny
 from nybble.api import quantize as api
-from nybble.errors import CheckFailed
+from nybble.errors import CheckFailed, CheckpointError
 from nybble.quantize import run
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "stories-hybrid-moe"
@@ -59,5 +59,7 @@ def test_a_run_stopped_while_it_verified_is_verified_with_resume(
 
 def test_resume_does_not_take_another_folder_for_its_result(tmp_path: Path) -> None:
     api.quantize(MODEL, tmp_path / "out", "nvfp4-all", search="absmax")
-    with pytest.raises(CheckFailed):
+    with pytest.raises(
+        CheckpointError, match=r"made otherwise .* expected F32 \[\], found nothing"
+    ):
         api.quantize(MODEL, tmp_path / "out", "nvfp4", resume=True)

@@ -16,7 +16,7 @@ from nybble.engine.engine import Engine, EngineOptions
 from nybble.engine.limits import MOST_PRIORITY
 from nybble.engine.request import Event, Grammar, PromptLogprobs, Request, SamplingParams, Token
 from nybble.engine.runner import Work
-from nybble.engine.sampler import Sampler
+from nybble.engine.sampler import Choice, Row, Sampler
 from nybble.errors import ContextTooLong, DoesNotFit, EngineError, OutOfPages, TextError
 from nybble.kernels.compute import Compute
 from nybble.models.numbers import Numbers
@@ -336,6 +336,34 @@ def test_nan_ends_its_request_alone(make: Make) -> None:
     assert events["other"] == expected
     assert {(e.choice, e.finish) for e in events["r"]} == {(0, "error"), (1, "error")}
     assert all("NaN" in e.error and "layer 3 is damaged" in e.error for e in events["r"])
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_choice_that_fails_as_another_ends_fails_its_request_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """Both in one step, in either order: the other requests of that step go on."""
+    others = [Request("a", PROMPT[:5], params()), Request("z", PROMPT[:7], params())]
+    expected = run(make(), *others)
+    engine = make()
+    true = engine.sampler.sample
+
+    def sample(logits: Any, rows: Sequence[Row], ahead: Any = None) -> list[Choice]:
+        return [
+            replace(found, token=-1, error="planted")
+            if (row.seed, row.choice, len(row.output)) == (77, failing, 1)
+            else found
+            for found, row in zip(true(logits, rows, ahead), rows, strict=True)
+        ]
+
+    monkeypatch.setattr(engine.sampler, "sample", sample)
+    request = Request("r", PROMPT, params(n=2, max_tokens=2, seed=77))
+    events = run(engine, others[0], request, others[1])
+    assert {name: events[name] for name in ("a", "z")} == expected
+    ends = {e.choice: (e.finish or e.token.finish if e.token else e.finish) for e in events["r"]}
+    assert ends[failing] == "error"
+    assert ends[1 - failing] == ("length" if failing else "error")
+    engine.check()
 
 
 def test_nan_in_a_scored_prompt_names_the_place(make: Make) -> None:

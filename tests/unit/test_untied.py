@@ -380,3 +380,49 @@ def test_an_alias_is_the_bytes_of_another_tensor(tmp_path: Path) -> None:
         assert (seen.stored_name("x.weight"), seen.stored_name(name)) == (name, name)
         assert seen.config == {"a": 1}
         assert len(seen.tensors) == len(plain.tensors) + 1
+
+
+def test_a_finished_folder_is_only_verified_for_what_it_is(tmp_path: Path) -> None:
+    """Other options than it was made with are refused, and nothing is claimed of what it does not
+    tell."""
+    source, out = tied(tmp_path / "m", "qwen3"), tmp_path / "q"
+    quantize(source, out, "nvfp4-all", data_free=True, untie_head=True)
+    before = tiny.tree(out)
+    for options, words in (
+        ({"untie_head": False}, r"first lm_head.weight: expected nothing, found U8 \[131, 48\]"),
+        ({"recipe": "nvfp4", "untie_head": True}, "made otherwise"),
+        ({"layout": "compressed-tensors", "untie_head": True}, "made otherwise"),
+    ):
+        asked = {"recipe": "nvfp4-all", "data_free": True, **options}
+        with pytest.raises(NybbleError, match=words):
+            quantize(source, out, resume=True, **asked)
+    again = quantize(
+        source, out, "nvfp4-all", data_free=True, untie_head=True, search="absmax", resume=True
+    )
+    assert again.was_finished
+    assert again.as_json()["search"] is None
+    assert tiny.tree(out) == before
+
+
+def test_calibrated_or_not_is_told_of_a_finished_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    ask, model = asking(monkeypatch, capsys), tiny.MODELS / "stories-hybrid-moe"
+    plain, fitted = tmp_path / "plain", tmp_path / "fitted"
+    how = ("-r", "nvfp4-all")
+    few = ("--calibrate", "--samples", "20", "--length", "64", "--effort", "fast")
+    assert ask("quantize", model, plain, *how).code == 0
+    assert ask("quantize", model, fitted, *how, *few).code == 0
+    for folder, options, words in (
+        (plain, few, "(without calibration)"),
+        (fitted, (), "(calibrated, effort fast)"),
+        (fitted, (*few[:-1], "best"), "(calibrated with effort fast, not best)"),
+    ):
+        refused = ask("quantize", model, folder, *how, *options, "--resume")
+        assert refused.code == 1
+        assert words in " ".join(refused.err.split())
+    done = ask("quantize", model, plain, *how, "--resume")
+    assert done.code == 0
+    assert "nothing to do, an earlier run had written all" in " ".join(done.out.split())
+    assert "(mse)" not in done.out

@@ -15,6 +15,7 @@ import numpy as np
 import nybble
 from nybble.api.calibrated import (
     Prepared,
+    Request,
     calibration_request,
     peak_bytes,
     prepare,
@@ -30,8 +31,9 @@ from nybble.check.rule import Finding, Severity
 from nybble.check.run import run_rules, select_rules
 from nybble.check.survey import Survey, Target
 from nybble.checkpoint.disk import Disk
+from nybble.checkpoint.reader import Checkpoint
 from nybble.checkpoint.writer import JOURNAL, SHARD_BYTES, partial_folder, refuse_inside
-from nybble.errors import CheckFailed, RecipeError
+from nybble.errors import CheckFailed, CheckpointError, RecipeError
 from nybble.formats.search import Search
 from nybble.kernels.dispatch import choose, default_threads
 from nybble.plan.plan import Plan, make_plan
@@ -77,6 +79,7 @@ class Result:
     planned_bytes: int = 0  # memory that the calibration said it would take
     peak_bytes: int = 0  # the largest resident set, mapped files included
     kv_scales: tuple[Mapping[str, object], ...] = ()  # a row a layer; layer -1 is the MTP head's
+    was_finished: bool = False  # an earlier run had written all: it was verified, and no more
 
     def as_json(self) -> dict[str, object]:
         """The JSON document `nybble.quantize/1`."""
@@ -87,7 +90,8 @@ class Result:
             "dry_run": checked is None,
             "recipe": self.plan.recipe.name,
             "layout": self.plan.layout.name,
-            "search": self.search,
+            "search": None if self.was_finished else self.search,
+            "was_finished": self.was_finished,
             **asdict(totals(self.plan)),
             "notes": list(self.plan.notes),
             "input_scales": _scales_json(self.input_scales),
@@ -253,6 +257,8 @@ def quantize(
         must_measure = (made.needs_data or kv_scales) and stage == "fresh"
         if must_measure and measure is None and request is None:
             refuse_missing(made)
+        if stage == "written":
+            _refuse_finished(made, target, request, has_rounder=rounder is not None)
         if on_plan is not None:
             on_plan(made)
         if request is not None and stage == "dry run":
@@ -304,6 +310,7 @@ def quantize(
         planned_bytes=calibration.footprint.private_bytes if calibration else 0,
         peak_bytes=peak_bytes(),
         kv_scales=given.kv_rows,
+        was_finished=stage == "written",
     )
 
 
@@ -336,6 +343,36 @@ def _self_check(out: Path, model: Path, layout: str) -> tuple[Finding, ...]:
         findings += [f for f in found if f.severity > Severity.NOTE and f.engine == engine]
     findings.sort(key=lambda f: (-f.severity, f.rule.id))
     return tuple(findings)
+
+
+def _refuse_finished(plan: Plan, out: Path, request: Request | None, *, has_rounder: bool) -> None:
+    """Raise CheckpointError for a finished folder that is not what is asked for, as far as it tells.
+
+    What it does not tell, such as the search of its scales, is not claimed of it either.
+    """
+    planned = {s.name: (s.dtype, s.shape) for s in plan.outputs}
+    with Checkpoint.open(out) as written:
+        held = {t.name: (t.dtype, t.shape) for t in written.tensors.values()}
+    report = read_report(out)
+    names = sorted(n for n in planned.keys() | held.keys() if planned.get(n) != held.get(n))
+    differs = ""
+    if names:
+        one = names[0]
+        how = [
+            f"{dtype} {list(shape)}" if dtype else "nothing"
+            for dtype, shape in (planned.get(one, ("", ())), held.get(one, ("", ())))
+        ]
+        differs = f"{len(names):,} tensors, the first {one}: expected {how[0]}, found {how[1]}"
+    elif (request is None) != (report is None) and not has_rounder:
+        differs = "without calibration" if report is None else f"calibrated, effort {report.effort}"
+    elif request is not None and report is not None and request.effort != report.effort:
+        differs = f"calibrated with effort {report.effort}, not {request.effort}"
+    if differs:
+        raise CheckpointError(
+            f"{out}: is finished, and made otherwise than is asked for now ({differs}): with other "
+            "options or of another source. Nothing was changed; give the options that it was made "
+            "with to verify it, or name another output"
+        )
 
 
 def _stage(target: Path, *, dry_run: bool, resume: bool) -> Stage:

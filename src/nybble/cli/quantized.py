@@ -33,7 +33,7 @@ def render(result: Result) -> str:
     copied = ", ".join(f"{role} {n:,}" for role, n in sorted(checked.copied_by_role.items()))
     lines = [
         "",
-        f"{result.out}: written and opened again",
+        f"{result.out}: {'' if result.was_finished else 'written and '}opened again",
         table(head, rows, right=(2, 3, 4)),
         *_input_scales(result),
         *_kv_scales(result),
@@ -41,17 +41,15 @@ def render(result: Result) -> str:
         labelled(
             "verified",
             f"{checked.tensors:,} tensors, {checked.payload_bytes:,} bytes as planned; scales "
-            f"finite and positive; {checked.sqnr_db:.2f} dB over all quantized weights "
-            f"({result.search})",
+            f"finite and positive; {checked.sqnr_db:.2f} dB over all quantized weights"
+            f"{'' if result.was_finished else f' ({result.search})'}",
         ),
         labelled("checked", _findings(result)),
         labelled("identical", f"{checked.copied:,} copied tensors byte for byte: {copied}"),
         labelled("size", f"{amount(source)} -> {amount(checked.payload_bytes)}"),
         labelled(
             "time",
-            f"{result.seconds:.1f} s to quantize "
-            f"({source / max(result.seconds, 1e-9) / 1e9:.2f} GB/s of source, "
-            f"{result.cpu_seconds:.1f} CPU s), {result.audit_seconds:.1f} s to verify "
+            f"{_work(result, source)}, {result.audit_seconds:.1f} s to verify "
             f"({result.audit_cpu_seconds:.1f} CPU s); {result.kernels}, {result.threads} threads",
         ),
     ]
@@ -66,6 +64,16 @@ def render(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _work(result: Result, source_bytes: int) -> str:
+    if result.was_finished:
+        return "nothing to do, an earlier run had written all"
+    speed = source_bytes / max(result.seconds, 1e-9) / 1e9
+    return (
+        f"{result.seconds:.1f} s to quantize ({speed:.2f} GB/s of source, "
+        f"{result.cpu_seconds:.1f} CPU s)"
+    )
+
+
 def _findings(result: Result) -> str:
     """What the rules of check say: the worst by name, the rest by number."""
     from nybble.api.check import Severity
@@ -73,7 +81,7 @@ def _findings(result: Result) -> str:
     worse = [f for f in result.findings if f.severity > Severity.NOTE]
     notes = len(result.findings) - len(worse)
     said = "; ".join(
-        f"{f.rule.id} {f.severity}{f' in {f.engine}' if f.engine else ''}: {f.message}"
+        f"{f.rule.id} {f'in {f.engine}' if f.engine else f.severity}: {f.message}"
         for f in worse[:3]
     )
     more = f" and {len(worse) - 3} more" if len(worse) > 3 else ""

@@ -447,7 +447,8 @@ class Engine:
                 step.kept += 1
                 self._remembering.keep(share)
         for sequence, _ in step.parts:
-            if sequence.is_ended:
+            # One that ended is gone already where another choice of its request failed after it.
+            if sequence.is_ended and self._lives(sequence):
                 self._forget(sequence)
 
     def _begin(self, sequence: Sequence, now: float) -> None:

@@ -137,7 +137,7 @@ def prove_all(
     accounts: Accounts, work: Sequence[partial[Proof]], threads: int, progress: Progress
 ) -> Proof:
     source, written = accounts.source, accounts.written
-    progress.stage("prove", sum(t.size for t in written.tensors.values()), "values")
+    progress.stage("prove", sum(map(_values, written.tensors.values())), "values")
     copies = [partial(_prove_copy, source, written, t) for t in accounts.copies()]
     found = Proof(problems=accounts.problems)
     with ThreadPoolExecutor(threads, thread_name_prefix="nybble-proof") as pool:
@@ -145,6 +145,13 @@ def prove_all(
             found.take(part)
             progress.advance(part.values)
     return found
+
+
+def _values(tensor: TensorInfo) -> int:
+    """How many numbers a tensor stands for; scales belong to those of their codes."""
+    if "_scale" in tensor.name.rpartition(".")[2]:
+        return 0
+    return tensor.size * (2 if tensor.dtype == "U8" else 1)
 
 
 def drop(checkpoint: Checkpoint, names: Iterable[str]) -> None:

@@ -346,7 +346,8 @@ def _self_check(out: Path, model: Path, layout: str) -> tuple[Finding, ...]:
 
 
 def _refuse_finished(plan: Plan, out: Path, request: Request | None, *, has_rounder: bool) -> None:
-    """Raise CheckpointError for a finished folder that is not what is asked for, as far as it tells.
+    """Raise CheckpointError for a finished folder that is not what is asked for, as far as can be
+    told.
 
     What it does not tell, such as the search of its scales, is not claimed of it either.
     """

@@ -184,8 +184,10 @@ def test_a_run_goes_on_only_as_it_began(tmp_path: Path) -> None:
         patch.setattr("nybble.checkpoint.writer.CheckpointWriter.finish", stop)
         with pytest.raises(Stop):
             quantize(source, out, "nvfp4-all", data_free=True, untie_head=True)
-    with pytest.raises(NybbleError, match="plan"):
+    with pytest.raises(NybbleError, match=r'untied: \["lm_head.weight"\] then, \[\] now'):
         quantize(source, out, "nvfp4-all", data_free=True, resume=True)
+    with pytest.raises(NybbleError, match='recipe: "nvfp4-all" then, "nvfp4" now'):
+        quantize(source, out, "nvfp4", untie_head=True, resume=True, calibrate="nothing")
     quantize(source, out, "nvfp4-all", data_free=True, untie_head=True, resume=True)
     quantize(source, tmp_path / "at once", "nvfp4-all", data_free=True, untie_head=True)
     assert tiny.read(out) == tiny.read(tmp_path / "at once")

@@ -29,7 +29,7 @@ from nybble.plan.plan import Plan
 from nybble.progress import Progress
 from nybble.quantize.input_scales import InputScales, stored_input_scales
 from nybble.quantize.kv_scales import stored_kv_scales
-from nybble.quantize.run import Options, refuse_start
+from nybble.quantize.run import Options, refuse_other_run, refuse_start
 
 if TYPE_CHECKING:
     from nybble.calibrate.samples import Samples
@@ -259,6 +259,8 @@ def prepare(
     must_measure = plan.needs_data or bool(plan.kv_scales)
     if is_fresh and (must_measure or request is not None):
         refuse_start(plan, out, options, disk=disk)
+    if not is_fresh:
+        refuse_other_run(plan, out, options, disk=disk)
     if request is not None:
         asked = replace(asked, samples=request.open_samples(plan, progress))
     scales: InputScales | None = None

@@ -130,6 +130,16 @@ def read_header(path: Path, *, disk: Disk) -> dict[str, object]:
     return _parse(disk.read(path, _LIMIT), path)[0][0]
 
 
+def refuse_other(path: Path, asked: Mapping[str, object], *, disk: Disk) -> None:
+    """Raise CheckpointError unless the run of this journal began with these fields, whatever else
+    it began with: what can be known before hours of work. The journal is left as it is."""
+    then = read_header(path, disk=disk)
+    differing = _differing({key: then.get(key) for key in asked}, _with_schema(asked))
+    _refuse_differing(
+        [d for d in differing if not d.startswith("schema: ")], path, is_machine=False
+    )
+
+
 def _with_schema(header: Mapping[str, object]) -> dict[str, object]:
     """The header as it comes back from the file: tuples are lists there."""
     value = json.loads(json.dumps({"schema": SCHEMA, **header}))

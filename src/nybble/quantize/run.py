@@ -35,7 +35,7 @@ from nybble.plan.jobs import Copy, Job
 from nybble.plan.plan import Plan
 from nybble.progress import Progress
 from nybble.quantize.input_scales import KEY, InputScales, check_input_scales
-from nybble.quantize.journal import Journal
+from nybble.quantize.journal import Journal, refuse_other
 from nybble.quantize.kv_scales import KEY as KV_KEY
 from nybble.quantize.kv_scales import kv_record, kv_scale_tensors
 from nybble.quantize.rounder import MACHINE, Rounder, Unit, units
@@ -164,17 +164,26 @@ def journal_header(
     measured: dict[str, object] = {} if input_scales is None else {KEY: input_scales.record()}
     if kv_scales:
         measured[KV_KEY] = kv_record(kv_scales)
+    return {"version": version, **_asked(plan, options), **chosen, **measured}
+
+
+def _asked(plan: Plan, options: Options) -> dict[str, object]:
+    """What is known of a run before anything is measured."""
     return {
-        "version": version,
         "source": plan.checkpoint.fingerprint(),
-        "plan": plan.digest(),
         "recipe": plan.recipe.name,
+        "untied": sorted(plan.checkpoint.aliases),
         "layout": plan.layout.name,
         "search": options.search,
         "shard_bytes": options.shard_bytes,
-        **chosen,
-        **measured,
+        "plan": plan.digest(),
     }
+
+
+def refuse_other_run(plan: Plan, out: Path, options: Options, *, disk: Disk | None = None) -> None:
+    """Raise CheckpointError if the interrupted run of `out` was asked for something else: before
+    its calibration text is read or its inputs are measured again."""
+    refuse_other(partial_folder(out) / JOURNAL, _asked(plan, options), disk=disk or Disk())
 
 
 def _names(plan: Plan, unit: Unit) -> list[str]:

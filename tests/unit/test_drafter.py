@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nybble.engine import drafter as drafter_module
 from nybble.engine.drafter import Ask, Drafter, MtpDrafter, NgramDrafter
 from nybble.engine.drafting import Drafting, Part
+from nybble.engine.prefix import PrefixCache
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.runner import Guess
 from nybble.engine.scheduler import EngineOptions, Scheduler
@@ -221,10 +222,12 @@ class Opinion(Speculation):
 class Desk:
     """Sequences that a scheduler runs and no model computes, and what is asked for them."""
 
-    def __init__(self, *, needs_hidden: bool = True) -> None:
+    def __init__(self, *, needs_hidden: bool = True, has_cache: bool = False) -> None:
         sizes = EngineOptions(4, 256, page_tokens=64, draft_tokens=2)
         pages, slots = Numbers(16, "pages"), Numbers(12, "slots")
-        self.scheduler = Scheduler(sizes, pages, slots, 64, slots_each=3)
+        snapshots = Numbers(4, "snapshots", first=12)
+        cache = PrefixCache(pages, snapshots, 64, has_states=True) if has_cache else None
+        self.scheduler = Scheduler(sizes, pages, slots, 64, cache=cache, slots_each=3)
         self.policy, self.heads = Opinion(), Heads()
         runner: Any = self.heads
         drafter: Drafter = MtpDrafter(runner) if needs_hidden else NgramDrafter()
@@ -269,13 +272,15 @@ def test_entries_are_made_of_prompts_and_then_of_each_token() -> None:
     assert (guess.start, list(guess.tokens), guess.drafts) == (15, [2], 2)
 
 
-def test_where_nobody_has_entries_nobody_is_asked_about() -> None:
+@pytest.mark.parametrize("has_cache", [True, False])
+def test_where_nobody_has_entries_nobody_is_asked_about(has_cache: bool) -> None:
     """Not the policy, not the head; until one begins. Of those that draft nothing the prompt alone
-    gets entries, for others that begin alike."""
-    desk = Desk()
+    gets entries, where others that begin alike may share them."""
+    desk = Desk(has_cache=has_cache)
     first, second = desk.add(3), desk.add(5, arrival=1)
     desk.policy.refused = {first.key, second.key}
-    assert [(g.start, len(g.tokens), g.drafts) for g in desk.step()] == [(0, 6, 0), (0, 10, 0)]
+    read = [(0, 6, 0), (0, 10, 0)] if has_cache else []
+    assert [(g.start, len(g.tokens), g.drafts) for g in desk.step()] == read
     assert not desk.step()
     assert first.state.mtp_length == second.state.mtp_length == -1
     planned = len(desk.policy.planned)

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.engine.acceptance import Acceptance
-from nybble.engine.speculation import Speculation
+from nybble.engine.regimes import Purse, Regime
+from nybble.engine.speculation import _SAMPLE, Speculation
 from nybble.engine.step_times import StepTimes
 from nybble.errors import EngineError
 
@@ -389,6 +390,124 @@ def test_a_crowd_is_judged_apart_from_one_alone() -> None:
     for _ in range(3):
         assert statistics.mean(n for counts in run(1) for n in counts) > 2.5
         assert statistics.mean(n for counts in run(8) for n in counts) < 0.2
+
+
+def test_a_crowd_that_drafts_do_not_pay_for_loses_little_beside_one_that_gains() -> None:
+    """Loads in turn, one that drafts pay for and one that they do not: neither what the first has
+    gained nor that it turns drafting on again lets the second try again and again."""
+
+    def cost(rows: int) -> float:
+        return 1 + 0.1 * (rows - 1) if rows < 6 else 0.2 + 0.8 * rows
+
+    policy, key, speeds = Speculation(3), 0, list[float]()
+    for _ in range(8):
+        for count in (1, 16):
+            run = Simulated(policy, cost, steady(0.75), draft=0.1, entries=0.4)
+            for old in tuple(run.keys):
+                run.end(old)
+            for _ in range(4):  # short answers, all anew
+                for number in range(count):
+                    run.begin(key + number)
+                run.next = run.plan()
+                for _ in range(20):
+                    run.step()
+                for number in range(count):
+                    run.end(key + number)
+                key += count
+            if count == 16:
+                speeds.append(run.speed * cost(16) / 16)
+    assert statistics.mean(speeds) > 0.98
+    assert min(speeds) > 0.9
+
+
+def test_one_draft_of_sixteen_says_little_of_three_for_each() -> None:
+    """While drafting is off one sequence begins with what it needs; its steps are about as long as
+    any. That is no reason to give all of them three drafts."""
+    times = StepTimes()
+    for now in range(4):
+        times.note(0.0, 1.0, now)
+        times.note(1 / 16, 0.99, now)
+    assert times.reach == 0.25
+    counts, gain = Regime(16, Purse(), times).best([[0.8, 0.6, 0.5]] * 16, 1.05)
+    assert sum(counts) == 4
+    assert gain > 0
+
+
+def test_a_step_without_drafts_is_timed_when_caches_are_warm() -> None:
+    """The first step without drafts after one with them takes a half longer: taken for what a step
+    takes, it would make drafts pay that do not."""
+
+    class Caches:
+        was_drafted = False
+
+        def __call__(self, rows: int) -> float:
+            is_cold, self.was_drafted = self.was_drafted and rows == 1, rows > 1
+            return (1.5 if is_cold else 1.0) if rows == 1 else 1.6
+
+    def worse(sequence: int, tokens: int) -> float:
+        return 0.85 if tokens < 600 else 0.4
+
+    for seed in range(4):
+        run = Simulated(Speculation(1), Caches(), worse, draft=0.05, seed=seed).run(600)
+        assert run.speed > 1.08
+        run.seconds, run.tokens[0] = 0.0, 600
+        run.run(2000)
+        assert (run.tokens[0] - 600) / run.seconds > 0.97
+        assert run.policy._regimes[1].steps.at(0.0) == 1.0
+
+
+def test_a_machine_that_became_faster_meanwhile_is_noticed() -> None:
+    """While drafting is off few steps are timed: drafts that seem to pay beside old times are
+    compared with new ones before long."""
+
+    class Machine:
+        steps = 0
+
+        def __call__(self, rows: int) -> float:
+            self.steps += 1
+            return (2.0 if self.steps < 600 else 1.0) * (1 + 0.6 * (rows - 1))
+
+    for seed in range(12):
+        machine = Machine()
+        run = Simulated(Speculation(2), machine, steady(0.4), entries=0.0, seed=seed)
+        while machine.steps < 600:
+            run.step()
+        before, tokens = run.seconds, run.tokens[0]
+        while machine.steps < 1600:
+            run.step()
+        assert (run.tokens[0] - tokens) / (run.seconds - before) > 0.97
+
+
+def test_drafts_that_end_a_text_gave_nothing() -> None:
+    """Of a text that ends with a draft that was right no token follows it; figures count it."""
+    policy, same = Speculation(2), Speculation(2)
+    for one, told in ((policy, {"is_cut": True}), (same, {})):
+        one.plan([1])
+        for _ in range(50):
+            one.note(1, 2, 1, **told)
+        one.plan([1])
+    assert policy.figures.accepted_by_position == same.figures.accepted_by_position == (50, 0)
+    assert policy.figures.drafted_by_position == (50, 0)
+    assert same.figures.drafted_by_position == (50, 50)
+    assert policy._known[1].mean(0, 0.5) < 0.2 < 0.8 < same._known[1].mean(0, 0.5)
+
+
+@pytest.mark.parametrize("count", [1, 16, 40])
+def test_while_it_is_off_a_step_need_not_be_told_of_but_now_and_then(count: int) -> None:
+    """And not always the same one of work that comes in rounds of 2 to 16 steps."""
+    policy = Speculation(2)
+    Simulated(policy, float, steady(0.1), count=count).run(200)
+    assert policy.is_off
+    told = []
+    for at in range(4000):
+        if not policy.passes(count):
+            policy.note_step(count, count, 1.0, 0.0)
+            told.append(at)
+    assert len(told) == pytest.approx(4000 / _SAMPLE, abs=1)
+    for round_of in range(2, 17):
+        assert {at % round_of for at in told} == set(range(round_of))
+    assert Speculation(2, 0).passes(count)
+    assert not Speculation(2).passes(count)
 
 
 def test_a_sequence_without_drafts_costs_nothing() -> None:

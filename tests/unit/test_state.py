@@ -57,6 +57,21 @@ def test_pages_are_conserved(actions: list[Any]) -> None:
         pool.check()
 
 
+@pytest.mark.parametrize(("count", "each"), [(12, 4), (14, 4), (12, 1), (3, 4)])
+def test_what_is_taken_first_lies_side_by_side(count: int, each: int) -> None:
+    """Also when it was given back, in whatever order."""
+    pool = Numbers(count, "slots", first=5, each=each)
+    takers = count // each
+    for order in (range(takers), reversed(range(takers)), range(takers)):
+        taken = [pool.take(each) for _ in range(takers)]
+        assert sorted(numbers[0] for numbers in taken) == list(range(5, 5 + takers))
+        assert all(n[at] - n[0] == at * takers for n in taken for at in range(each))
+        for at in order:
+            pool.give_back(taken[at])
+        pool.check()
+    assert sorted(pool.take(count)) == list(range(5, 5 + count))
+
+
 def test_what_was_not_taken_cannot_be_given_back(network: Network) -> None:
     pages, slots = PagePool(network, [1], 3, 8), StatePool(network, [0, 2], 2)
     taken = pages.numbers.take(2)

@@ -276,12 +276,13 @@ def _engine(
     sizes, pages = options.engine(memory.drafts), runner.pages
     drafter = _drafter(source, runner) if memory.drafts else None
     fixed = None if options.draft_tokens is None else memory.drafts
+    slots_each = memory.slots // memory.sequences
     return Engine(
         runner,
         tokenizer,
         sizes,
         pages.numbers,
-        Numbers(memory.slots, "slots"),
+        Numbers(memory.slots, "slots", each=slots_each),
         context,
         Sampler(runner.vocab, runner.mode.compute),
         GrammarWorker(tokenizer.path, runner.vocab, tokenizer.eos_ids),
@@ -289,7 +290,7 @@ def _engine(
         cache=_cache(memory, pages, options) if options.prefix_cache else None,
         drafter=drafter,
         speculation=Speculation(memory.drafts, fixed) if drafter is not None else None,
-        slots_each=memory.slots // memory.sequences,
+        slots_each=slots_each,
     )
 
 

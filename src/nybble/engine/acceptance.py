@@ -52,7 +52,8 @@ class Acceptance:
 
 
 class Outcomes:
-    """How often so many drafts of a sequence were verified and so many of them accepted."""
+    """How often so many drafts of a sequence were verified and so many of them accepted, or gave a
+    token more."""
 
     def __init__(self, most: int) -> None:
         self._kinds = [(n, right) for n in range(most + 1) for right in range(n + 1)]

@@ -37,23 +37,24 @@ class Drafting:
         return sequence.is_drafting
 
     def begin(self, sequence: Generated) -> None:
-        """A sequence begins, with or without something of the cache. Entries of its prompt are made
-        even while drafting is off: they cost little, and others may begin alike when it is on."""
+        """A sequence begins, with or without something of the cache. Entries of a prompt that
+        others may share are made even while drafting is off: they cost little, and it may be on
+        then."""
+        is_shared = sequence.lease is not None
         if not self.drafter.needs_hidden:
             sequence.state.mtp_length = -1
-        elif sequence.state.mtp_length >= 0:
+        elif sequence.state.mtp_length >= 0 and (is_shared or self._is_to_draft(sequence)):
             self._has_entries = True
+        else:
+            sequence.state.mtp_length = -1
 
     def propose(self, parts: Sequence[Part]) -> None:
         """After a step: set the drafts of the sequences that decode next."""
         if not self.can_draft(len(parts)):
             return
-        goes_on = [not part.is_done and part.sequence.is_decoding for part in parts]
-        keys = [part.sequence.key for part, goes in zip(parts, goes_on, strict=True) if goes]
-        plan = iter(self.speculation.plan(keys))
         asked = []
-        for part, goes in zip(parts, goes_on, strict=True):
-            ask = self._ask(part, next(plan) if goes else None)
+        for part, wanted in zip(parts, self._wanted(parts), strict=True):
+            ask = self._ask(part, wanted)
             if ask is not None:
                 asked.append((part.sequence, ask))
         if asked:
@@ -73,27 +74,51 @@ class Drafting:
             return self._has_entries
         return not self.speculation.rests(sequences)
 
-    def _ask(self, part: Part, wanted: int | None) -> Ask | None:
-        """What to ask for a sequence, where `wanted` is None for one that does not decode next;
-        None for nothing."""
-        sequence = part.sequence
-        drafts = min(wanted, self._scheduler.most_drafts(sequence)) if wanted else 0
-        guess: Guess | None = None
+    def _wanted(self, parts: Sequence[Part]) -> list[int | None]:
+        """How many drafts each is to have, None for those that cannot be drafted for next: they do
+        not decode, or drafting has ended for them. Where that is all, nothing is planned."""
+        goes_on = [not part.is_done and part.sequence.is_decoding for part in parts]
+        able = goes_on
         if self.drafter.needs_hidden:
-            guess = self._guess(part, drafts, goes_on=wanted is not None)
+            pairs = zip(parts, goes_on, strict=True)
+            able = [goes and self._goes_on_drafting(part.sequence) for part, goes in pairs]
+        if not any(able):
+            return [None] * len(parts)
+        pairs = zip(parts, goes_on, strict=True)
+        plan = iter(self.speculation.plan([part.sequence.key for part, goes in pairs if goes]))
+        counts = [next(plan) if goes else 0 for goes in goes_on]
+        return [count if is_able else None for count, is_able in zip(counts, able, strict=True)]
+
+    def _goes_on_drafting(self, sequence: Generated) -> bool:
+        """Whether a sequence that decodes has all entries of a head, and they are kept up."""
+        has_entries = sequence.state.mtp_length >= 0
+        return (
+            has_entries
+            and self._is_to_draft(sequence)
+            and not self.speculation.is_over(sequence.key)
+        )
+
+    def _ask(self, part: Part, wanted: int | None) -> Ask | None:
+        """What to ask for a sequence, where `wanted` is None for one that is not drafted for next;
+        None for nothing."""
+        sequence, guess = part.sequence, None
+        if self.drafter.needs_hidden and sequence.state.mtp_length < 0:
+            return None
+        drafts = min(wanted, self._scheduler.most_drafts(sequence)) if wanted else 0
+        if self.drafter.needs_hidden:
+            guess = self._guess(part, drafts, drafts_on=wanted is not None)
         if guess is None and (self.drafter.needs_hidden or not drafts):
             return None
         return Ask(sequence.key, sequence.request.prompt, sequence.output, drafts, guess)
 
-    def _guess(self, part: Part, drafts: int, *, goes_on: bool) -> Guess | None:
+    def _guess(self, part: Part, drafts: int, *, drafts_on: bool) -> Guess | None:
         """The entries that a sequence lacks, and the drafts after them."""
         sequence, state = part.sequence, part.sequence.state
         start = state.mtp_length
         is_read = state.length <= len(sequence.request.prompt)
-        if start < 0 or (part.is_done and self.speculation.is_off and not is_read):
+        if part.is_done and self.speculation.is_off and not is_read:
             return None
-        drafts_on = goes_on and self._goes_on_drafting(sequence)
-        if goes_on and not drafts_on and not is_read:
+        if not (drafts_on or is_read or part.is_done) and sequence.is_decoding:
             state.mtp_length = -1
             return None
         room = len(state.pages) * self._scheduler.options.page_tokens
@@ -102,9 +127,6 @@ class Drafting:
             return None
         drafts = drafts if end == sequence.known else 0
         return Guess(part.work, sequence.tokens(start, end), state.pages, start, drafts)
-
-    def _goes_on_drafting(self, sequence: Generated) -> bool:
-        return self._is_to_draft(sequence) and not self.speculation.is_over(sequence.key)
 
     def give_up(self, parts: Sequence[Part]) -> None:
         """Sequences could not be drafted for, and are not again while they run."""

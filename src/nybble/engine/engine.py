@@ -109,12 +109,16 @@ class _Pick:
 @dataclass(slots=True)
 class _Step:
     """What becomes of a step: its events; the sequences that were computed, each with the number of
-    its work; and of how many shares the cache has what they leave."""
+    its work; and of how many shares the cache has what they leave. It began at `begun`, and took
+    `drafting_s` to guess; `is_timed`: the policy of drafting is to know how long the rest took."""
 
+    begun: float
     shares: list[Share]
     events: list[Event]
     parts: list[tuple[Sequence, int]] = field(default_factory=list)
     kept: int = 0
+    drafting_s: float = 0.0
+    is_timed: bool = False
 
 
 class Engine:
@@ -382,12 +386,13 @@ class Engine:
 
         Raises EngineError if the pools are not what they should be; `abort` then ends everything.
         """
+        begun = time.monotonic()
         events = self._begin_compiled()
         shares = self.scheduler.schedule()
         if not shares:
             self._rest()
             return events
-        step = _Step(shares, events)
+        step = _Step(begun, shares, events)
         try:
             self._run(step)
         except Exception as error:  # whatever it is, it is about these requests
@@ -429,9 +434,8 @@ class Engine:
 
     def _run(self, step: _Step) -> None:
         """One step; its events are filled as they come, so that an error loses none."""
-        begun = time.monotonic()
         for share in step.shares:
-            self._begin(share.sequence, begun)
+            self._begin(share.sequence, step.begun)
         try:
             logits, masks = self._forward(step.shares)
         except DoesNotFit as error:
@@ -439,9 +443,8 @@ class Engine:
             step.kept = len(step.shares)
             return
         self._verify(step, self._commit_all(step, logits, masks), logits)
-        computed = time.monotonic()
         if self._drafting is not None:
-            self._draft(self._drafting, step, computed - begun)
+            self._draft(self._drafting, step)
         if self._remembering is not None:
             for share in step.shares:
                 step.kept += 1
@@ -450,6 +453,10 @@ class Engine:
             # One that ended is gone already where another choice of its request failed after it.
             if sequence.is_ended and self._lives(sequence):
                 self._forget(sequence)
+        if self._drafting is not None and step.is_timed:
+            rows = sum(len(share.work.tokens) for share in step.shares)
+            took = time.monotonic() - step.begun - step.drafting_s
+            self._drafting.speculation.note_step(len(step.shares), rows, took, step.drafting_s)
 
     def _begin(self, sequence: Sequence, now: float) -> None:
         """A step computes for a sequence, maybe its first."""
@@ -484,19 +491,15 @@ class Engine:
     def _lives(self, sequence: Sequence) -> bool:
         return sequence in self._living.get(sequence.request.id, ())
 
-    def _draft(self, drafting: Drafting, step: _Step, computed_s: float) -> None:
-        """Have the next tokens of sequences guessed, and tell the policy what the step took."""
-        took = 0.0
+    def _draft(self, drafting: Drafting, step: _Step) -> None:
+        """Have the next tokens of sequences guessed."""
         if drafting.can_draft(len(step.parts)):
             begun = time.monotonic()
             self._propose(drafting, step)
-            took = time.monotonic() - begun
-        rows = 0
-        for share in step.shares:
-            if not (share.is_sampled and share.work.is_recurrent):
-                return
-            rows += len(share.work.tokens)
-        drafting.speculation.note_step(len(step.shares), rows, computed_s, took)
+            step.drafting_s = time.monotonic() - begun
+        elif drafting.speculation.passes(len(step.parts)):
+            return
+        step.is_timed = all(s.is_sampled and s.work.is_recurrent for s in step.shares)
 
     def _propose(self, drafting: Drafting, step: _Step) -> None:
         parts = [Part(s, n, s.is_ended) for s, n in step.parts if self._lives(s)]
@@ -571,17 +574,16 @@ class Engine:
         The noise of a token is keyed by its position, and what looks back at a text looks at the
         text itself: so tokens are those that would have come without drafts.
         """
-        drafted = [(pick, len(pick.drafts)) for pick in picks]
+        drafted = [(pick, len(pick.drafts)) for pick in picks if pick.drafts]
         while picks:
             found = iter(self._sample(picks, logits))
             picks = [p for p in picks if self._follow(step, p, list(islice(found, p.rows)))]
             self._find_masks(picks)
         if self._drafting is not None:
             for pick, count in drafted:
-                # Of drafts after one that was right, and the end, nothing is known.
-                seen = pick.guesses if pick.is_cut else count
-                if seen and self._lives(pick.sequence):
-                    self._drafting.speculation.note(pick.sequence.key, seen, pick.guesses)
+                if self._lives(pick.sequence):
+                    told = (pick.sequence.key, count, pick.guesses)
+                    self._drafting.speculation.note(*told, is_cut=pick.is_cut)
 
     def _follow(self, step: _Step, pick: _Pick, choices: list[Choice]) -> bool:
         """Take tokens as far as drafts were right; whether more may come of this step."""

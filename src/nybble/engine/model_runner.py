@@ -104,8 +104,7 @@ class ModelRunner:
         written; ContextTooLong for positions beyond the model's context.
         """
         self._check(works)
-        if self._mtp is not None:
-            self._mtp.begin(works)
+        has_hidden = self._mtp is not None and self._mtp.begin(works)
         tokens = self._inputs.fill(works)
         outputs = self._want(works)
         if self._program is None:
@@ -113,7 +112,7 @@ class ModelRunner:
         else:
             self._program.run(tokens=tokens, sequences=len(works), outputs=outputs)
             logits = self._logits[:outputs]
-        if self._mtp is not None:
+        if has_hidden and self._mtp is not None:
             self._mtp.finish(works)
         return logits
 

@@ -114,19 +114,20 @@ class MtpRunner:
 
     # ------------------------------------------------------------------------- around a forward
 
-    def begin(self, works: Sequence[Work]) -> None:
-        """Before a forward: set aside the hidden states that come with the slots it reads."""
-        self._ran = []
-        held, rows = self._held, self._rows
+    def begin(self, works: Sequence[Work]) -> bool:
+        """Before a forward: set aside the hidden states that come with the slots it reads. Whether
+        there is something to finish, since hidden states of some work are to be kept."""
+        self._ran = [None] * len(works)
+        found, held, rows = False, self._held, self._rows
         for i, work in enumerate(works):
             if work.has_hidden:
                 rows[i] = held[work.slot] if work.length else 0.0
+                found = True
+        return found
 
     def finish(self, works: Sequence[Work]) -> None:
         """After a forward: hidden states go where it wrote the states of their tokens."""
-        held, rows, at = self._held, self._rows, self._sequences
-        ran: list[_Ran | None] = [None] * len(works)
-        self._ran = ran
+        held, rows, at, ran = self._held, self._rows, self._sequences, self._ran
         for i, work in enumerate(works):
             if work.has_hidden:
                 for count, slot in written_states(work):

@@ -333,8 +333,12 @@ class Scheduler:
     def _decode(self, sequence: Sequence, budget: _Budget) -> Share:
         """The one token that is known, and what may follow it."""
         state = sequence.state
-        drafts = tuple(state.drafts[: max(0, min(self.most_drafts(sequence), budget.drafts))])
+        drafts: tuple[int, ...] = ()
+        if state.drafts:
+            drafts = tuple(state.drafts[: max(0, min(self.most_drafts(sequence), budget.drafts))])
         count = 1 + len(drafts)
+        # Else the state is written where it was read.
+        is_moved = self.slots_each > 1 and (count > 1 or state.slot > 0)
         work = Work(
             [*sequence.tokens(state.length, sequence.known), *drafts],
             state.pages,
@@ -342,7 +346,7 @@ class Scheduler:
             state.length,
             is_recurrent=True,
             outputs=count,
-            writes=tuple(enumerate(state.slots[:count], 1)) if self.slots_each > 1 else (),
+            writes=tuple(enumerate(state.slots[:count], 1)) if is_moved else (),
             has_hidden=state.mtp_length >= 0,
         )
         budget.tokens -= count

@@ -21,11 +21,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nybble.engine.acceptance import PRIOR_DRAFTS, Acceptance, Outcomes
+from nybble.engine.regimes import LEAST_TIMES, Purse, Regime
 from nybble.engine.scheduler import MOST_DRAFTS
-from nybble.engine.step_times import SHARES, StepTimes
 from nybble.errors import EngineError
 
 log = logging.getLogger("nybble")
@@ -34,9 +34,6 @@ log = logging.getLogger("nybble")
 #: is reported, so that a model where all turns on it is not tried for long.
 _FIRST_ACCEPTANCE = 0.8
 
-#: Times that are needed, of steps without drafts and with: the first of a kind may do things once,
-#: and drafts that do not seem to pay are given some more, for caches and code to become warm.
-_LEAST_TIMES = {False: 2, True: 3}
 #: Steps for which times of a similar number of sequences will do, if by these drafts pay.
 _BORROWED_STEPS = 8
 
@@ -45,15 +42,16 @@ _WORTH = 1.05
 
 #: What was decided stands for one step more for every so many that were seen, at most for so many.
 _SEEN_FOR_ONE, _LONGEST_STAND = 8, 8
-#: While it is off the time of every so manyth step is noted: often enough for times to stay fresh.
-_SAMPLE = 16
+#: While it is off the time of every so manyth step is noted: often enough for times to stay fresh;
+#: a prime, so that it is not always the same step of work that comes in rounds.
+_SAMPLE = 17
 
-#: Trying something else may cost this share of the time, but comes in so many steps at the least
-#: and at the most; the fewest and most steps in which drafts are tried where they do not pay.
-_TRY_SHARE, _FIRST_GAP, _LAST_GAP = 1 / 200, 32, 1024
+#: The fewest and most steps in which drafts are tried where they do not pay.
 _TRY_STEPS, _LONGEST_TRY = 2, 16
-#: A try goes on while acceptance is above what was believed by so much.
-_SURPRISE = 0.15
+#: A try goes on while drafts are accepted so many standard deviations more often than was believed,
+#: and until so many steps are lost by it: where drafts nearly pay, longer, for the first steps of a
+#: try find caches cold.
+_SURPRISE, _TRY_LOSS = 1.5, 0.5
 
 #: After so many steps in which no draft pays drafting is called off, and on after so many in which
 #: it does.
@@ -61,9 +59,6 @@ _OFF_AFTER, _ON_AFTER = 24, 8
 #: What drafting needs of a sequence is kept up at the price of so many steps where no draft pays,
 #: and of more where drafts would give this many times the tokens if they were accepted as usual.
 _PATIENCE, _LONG_PATIENCE, _PROMISE = 2.0, 3.0, 1.25
-#: Of what drafts gained before, as many steps may be spent on it too, but no more than this share
-#: of each. A price below the second share is none.
-_MOST_CREDIT, _CREDIT_SHARE, _NO_PRICE = 24.0, 0.02, 0.005
 #: While it is off, every so many sequences one begins as though it were on, at first and later; the
 #: first after twice as many where drafts would not pay if they were accepted as usual.
 _FIRST_START, _LAST_START = 4, 32
@@ -94,56 +89,6 @@ _TRIES: tuple[Callable[[int, int], int], ...] = (
 
 
 @dataclass(slots=True)
-class _Regime:
-    """What is known of steps of about so many sequences: times, and when to try something else.
-
-    `tried` counts the steps of the try under way, None while there is none; `turn` says which of
-    `_TRIES` is next. Until `rests` steps were seen there is nothing to draft or to decide.
-    """
-
-    sequences: int
-    steps: StepTimes = field(default_factory=StepTimes)
-    drafts: StepTimes = field(default_factory=lambda: StepTimes((0.0, 0.0)))
-    seen: int = 0
-    due: int = _FIRST_GAP
-    rests: int = 0
-    tried: int | None = None
-    turn: int = 0
-    does_pay: bool = False
-
-    @property
-    def is_known(self) -> bool:
-        """Whether steps with drafts can be compared with those without."""
-        steps = self.steps
-        is_plain_known = steps.count(is_drafted=False) >= _LEAST_TIMES[False]
-        return is_plain_known and steps.count(is_drafted=True) > 0
-
-    def is_like(self, other: _Regime) -> bool:
-        """Whether numbers of sequences are so near that times rise about alike."""
-        return max(self.sequences, other.sequences) <= 2 * min(self.sequences, other.sequences)
-
-    def seconds(self, drafts: float, depth: int) -> float:
-        """Of a step with `drafts` for each sequence, at most `depth` for one, and their making; or
-        what it takes that some may be made later."""
-        return self.steps.at(drafts) + self.drafts.at(depth)
-
-    @property
-    def slower(self) -> float:
-        """How many times as long a step takes with one draft for each sequence."""
-        return self.seconds(1.0, 1) / self.steps.at(0.0)
-
-    def judge(self, does_pay: bool) -> None:
-        """Whether drafts pay here; if that is news, something else is tried soon."""
-        if does_pay != self.does_pay:
-            self.does_pay, self.due = does_pay, min(self.due, self.seen + _FIRST_GAP)
-
-    def end_try(self, loss: float) -> None:
-        """Back to the best, until what was lost, in steps, is a small share of the time."""
-        self.tried, self.turn = None, self.turn + 1
-        self.due = self.seen + int(min(max(_FIRST_GAP, loss / _TRY_SHARE), _LAST_GAP))
-
-
-@dataclass(slots=True)
 class _Decision:
     """How many drafts sequences are to have, `depth` at most, for so many plans; and how many steps
     each plan saves. `used` counts the plans that went by it."""
@@ -170,17 +115,19 @@ class Speculation:
         self.most, self.fixed = most, fixed if most else 0
         self._known: dict[int, Acceptance] = {}
         self._tries: set[int] = set()  # sequences that began while drafting was off
-        self._all, self._outcomes = Acceptance(most), Outcomes(most)
-        self._regimes: dict[int, _Regime] = {}
+        self._all, self._outcomes, self._gains = Acceptance(most), Outcomes(most), Outcomes(most)
+        self._regimes: dict[int, Regime] = {}
+        self._purses: dict[int, Purse] = {}
+        self._purse = Purse()  # of the last step
         self._last = _Decision((), (), 0, 0.0)
         self._none: tuple[int, ...] = ()
-        self._planned: tuple[_Regime, int] | None = None  # for the next step, and most of one
+        self._planned: tuple[Regime, int] | None = None  # for the next step, and most of one
         self._is_planned = False  # since a step was told of
-        self._made: tuple[_Regime, int, float] | None = None  # drafts to be verified next
+        self._was_plain = True  # the last one that was told of
+        self._made: tuple[Regime, int, float] | None = None  # drafts to be verified next
         self._now = 0
         self._idle = self._busy = 0
         self._first_drafts = (0, 0)  # since the last decision: verified, accepted
-        self._credit = self._spent = 0.0  # steps gained, and steps spent on keeping up
         self._patience = _PATIENCE
         self._starts, self._start_gap = 0, _FIRST_START
         self._reason = "0 drafts were asked for" if self.fixed == 0 else ""
@@ -206,21 +153,39 @@ class Speculation:
 
     # ------------------------------------------------------------------------ what an engine tells
 
-    def note(self, key: int, proposed: int, accepted: int) -> None:
-        """Of a sequence `proposed` drafts were verified; the first `accepted` were right."""
-        assert 0 <= accepted <= proposed <= self.most, (proposed, accepted, self.most)
+    def note(self, key: int, proposed: int, accepted: int, *, is_cut: bool = False) -> None:
+        """Of a sequence `proposed` drafts were verified; the first `accepted` were right, with the
+        last of which the text ended if `is_cut`: then nothing is known of the others, and no token
+        came after it."""
+        assert is_cut <= accepted <= proposed <= self.most, (proposed, accepted, self.most)
         if not proposed:
             return
-        self._outcomes.note(proposed, accepted)
+        self._outcomes.note(accepted if is_cut else proposed, accepted)
+        # A text of twenty tokens loses one in thirty to drafts that end it, or lie beyond its end.
+        gained = accepted - is_cut
+        self._gains.note(proposed, gained)
         known = self._known.get(key)
         if known is not None:
-            known.note(proposed, accepted)
+            known.note(proposed, gained)
+
+    def passes(self, sequences: int) -> bool:
+        """Whether a step for which nothing was planned need not be told of: once some were, most
+        are no more than counted."""
+        if self.fixed is not None:
+            return True
+        regime = self._regimes.get(sequences) if sequences <= 16 else self._regime(sequences)
+        if regime is None or (regime.seen + 1) % _SAMPLE == 0 or not regime.is_timed:
+            return False
+        regime.seen += 1
+        regime.purse.seen += 1
+        self._now += 1
+        return True
 
     def note_step(self, sequences: int, rows: int, seconds: float, draft_seconds: float) -> None:
         """A step in which all sequences decoded took `seconds` for `rows`, one and their drafts for
-        each; what was planned last, if something was since the last step, took `draft_seconds` to
-        guess, or to keep up where nothing was. More rows than drafts may give are tokens computed
-        again, which tell nothing."""
+        each; what was planned last, if something was since the last step, took `draft_seconds`
+        more to guess, or to keep up where nothing was. More rows than drafts may give are tokens
+        computed again, which tell nothing."""
         assert 1 <= sequences <= rows, (sequences, rows)
         is_planned, self._is_planned = self._is_planned, False
         if self.fixed is not None or rows > sequences * (1 + self.most):
@@ -230,10 +195,13 @@ class Speculation:
         if regime is None:
             regime = self._regime(sequences)
         seen = regime.seen = regime.seen + 1
+        regime.purse.seen += 1
         is_sample = seen <= regime.rests
         if is_sample and seen % _SAMPLE:
             return
-        regime.steps.note((rows - sequences) / sequences, seconds, self._now)
+        was_plain, self._was_plain = self._was_plain, rows == sequences
+        if was_plain or rows > sequences or not regime.is_close:
+            regime.steps.note((rows - sequences) / sequences, seconds, self._now)
         if self._made is not None and rows > sequences:
             made, depth, took = self._made
             made.drafts.note(depth, took, self._now)
@@ -250,11 +218,7 @@ class Speculation:
             self._made = (regime, depth, draft_seconds)
             return
         regime.drafts.note(0, draft_seconds, self._now)
-        price = min(draft_seconds / max(seconds, 1e-9), 1.0) - _NO_PRICE
-        price = max(0.0, price) * steps
-        earned = min(price, _CREDIT_SHARE * steps, self._credit)
-        self._credit -= earned
-        self._spent += price - earned
+        regime.purse.keep_up(min(draft_seconds / max(seconds, 1e-9), 1.0), steps)
 
     def drop(self, key: int) -> None:
         """Forget a sequence."""
@@ -269,12 +233,15 @@ class Speculation:
         if self.fixed is not None:
             return self.fixed > 0
         self._remembered(key)
-        if not self._reason:
+        regime = self._regime(len(self._known))
+        source = self._nearest(regime)
+        does_pay = source is not None and source.does_pay
+        is_spent = regime.purse.is_spent(self._patience)
+        if not self._reason and (source is None or does_pay or not is_spent):
             return True
-        source = self._nearest(self._regime(len(self._known)))
-        if source is None or not source.does_pay:
+        if not does_pay:
             self._starts += 1
-            if self._starts < self._start_gap:
+            if self._starts < self._start_gap or is_spent:
                 return False
             self._starts, self._start_gap = 0, min(2 * self._start_gap, _LAST_START)
         self._tries.add(key)
@@ -284,7 +251,11 @@ class Speculation:
         """Whether what drafting needs of a running sequence is not worth keeping up."""
         if self.fixed is not None:
             return not self.fixed
-        return bool(self._reason) and self._spent > self._patience and key not in self._tries
+        if not self._reason or key in self._tries:
+            return False
+        purse = self._purse
+        purse.has_given_up = purse.has_given_up or purse.is_spent(self._patience)
+        return purse.has_given_up
 
     def rests(self, sequences: int) -> bool:
         """Whether nothing is to be drafted for so many sequences in the next step, and nothing
@@ -300,6 +271,7 @@ class Speculation:
         if self.fixed is not None or not count:
             return (self.fixed or 0,) * count
         regime = self._regime(count)
+        self._purse = regime.purse
         if self._is_planned:  # the step before was not told of, so what it made is not known
             self._made = None
         self._is_planned = True
@@ -318,7 +290,7 @@ class Speculation:
 
     # ------------------------------------------------------------------------------- how it decides
 
-    def _decide(self, keys: Sequence[int], regime: _Regime) -> _Decision:
+    def _decide(self, keys: Sequence[int], regime: Regime) -> _Decision:
         self._learn()
         chances = self._chances([self._remembered(key) for key in keys])
         counts, gain, is_settled = self._choose(keys, chances, regime)
@@ -330,15 +302,13 @@ class Speculation:
     def _learn(self) -> None:
         """What has come of the last decision."""
         last = self._last
-        news = self._outcomes.news()
+        news = self._gains.news()
         for at, (_, reached, right) in enumerate(news):
             if reached:
                 self._all.note_many(at, reached, right)
         self._first_drafts = news[0][1:] if news else (0, 0)
         if news and last.gain:
-            gain = last.gain * last.used
-            self._credit = min(_MOST_CREDIT, self._credit + gain)
-            self._spent = max(0.0, self._spent - gain)
+            self._regime(len(last.keys)).purse.gain(last.gain * last.used)
         if last.depth:
             for key, count in zip(last.keys, last.counts, strict=True):
                 if not count and key in self._known:
@@ -352,15 +322,17 @@ class Speculation:
             known = self._known[key] = Acceptance(self.most)
         return known
 
-    def _regime(self, sequences: int) -> _Regime:
+    def _regime(self, sequences: int) -> Regime:
         """That of so many sequences: each number its own up to 16, then eight to the octave."""
         at = sequences if sequences <= 16 else 16 + int(8 * math.log2(sequences / 16))
         regime = self._regimes.get(at)
         if regime is None:
-            regime = self._regimes[at] = _Regime(sequences)
+            octave = (sequences - 1).bit_length()
+            purse = self._purses.setdefault(octave, Purse())
+            regime = self._regimes[at] = Regime(sequences, purse)
         return regime
 
-    def _nearest(self, regime: _Regime) -> _Regime | None:
+    def _nearest(self, regime: Regime) -> Regime | None:
         """The known regime of the most similar number of sequences; None if there is none."""
         if regime.is_known:
             return regime
@@ -371,41 +343,43 @@ class Speculation:
         )
 
     def _choose(
-        self, keys: Sequence[int], chances: list[list[float]], regime: _Regime
+        self, keys: Sequence[int], chances: list[list[float]], regime: Regime
     ) -> tuple[list[int], float, bool]:
         """The drafts of each; how many steps they save a step; whether that is the best, as far as
         is known, and not a lesson."""
         source = self._nearest(regime)
         if source is None or not source.is_like(regime):
             return self._first(regime, len(keys)), 0.0, False
-        best, gain = _best(chances, source, 1.0 if regime.does_pay else _WORTH)
+        best, gain = source.best(chances, 1.0 if regime.does_pay else _WORTH)
         if source is not regime and gain:
             is_time = regime.seen >= _BORROWED_STEPS
             return (self._first(regime, len(keys)), 0.0, False) if is_time else (best, gain, False)
         if source is regime and not gain and self._lacks(regime, is_drafted=True):
             return [1] * len(keys), 0.0, False
-        regime.judge(gain > 0)
-        self._judge(gain > 0, chances, source)
-        if gain:
+        regime.judge(gain)
+        self._judge(gain > 0, chances, regime, source)
+        if gain and regime is source and regime.is_to_check(gain):
+            counts = [0] * len(keys)
+        elif gain:
             counts = best if regime.seen < regime.due else self._vary(regime, chances, best)
         else:
             counts = self._test(regime, source, keys, chances)
         is_settled = regime.tried is None and counts == best
         return counts, gain if is_settled else 0.0, is_settled
 
-    def _first(self, regime: _Regime, count: int) -> list[int]:
+    def _first(self, regime: Regime, count: int) -> list[int]:
         """Drafts of sequences while nothing can be compared: none until enough such steps are known
         or under way, then one, and again."""
         is_plain = self._lacks(regime, is_drafted=False)
         return [int(not is_plain and self._lacks(regime, is_drafted=True))] * count
 
-    def _lacks(self, regime: _Regime, *, is_drafted: bool) -> bool:
+    def _lacks(self, regime: Regime, *, is_drafted: bool) -> bool:
         """Whether more times are needed than are known, or will be after the step under way."""
         under_way = 0
         if self._planned is not None:
             planned, depth = self._planned
             under_way = int(planned is regime and (depth > 0) == is_drafted)
-        return regime.steps.count(is_drafted=is_drafted) + under_way < _LEAST_TIMES[is_drafted]
+        return regime.steps.count(is_drafted=is_drafted) + under_way < LEAST_TIMES[is_drafted]
 
     def _chances(self, known: list[Acceptance]) -> list[list[float]]:
         """How likely each draft of each sequence is to be accepted with all before it."""
@@ -430,23 +404,24 @@ class Speculation:
 
     # ------------------------------------------------------------------------------ trying and off
 
-    def _vary(self, regime: _Regime, chances: list[list[float]], best: list[int]) -> list[int]:
-        """Fewer drafts, more, or none, for one step: that suffices to see that it became faster."""
+    def _vary(self, regime: Regime, chances: list[list[float]], best: list[int]) -> list[int]:
+        """Fewer drafts, more, or none, for as few steps as suffice to see that it became faster."""
         for skipped in range(len(_TRIES)):
             vary = _TRIES[(regime.turn + skipped) % len(_TRIES)]
             counts = [vary(count, self.most) for count in best]
             if counts != best:
                 break
         regime.turn += skipped
-        regime.end_try(_loss(regime, chances, counts, best))
+        regime.plain = int(regime.is_close and not any(counts))
+        regime.end_try((1 + regime.plain) * regime.loss(chances, counts, best))
         return counts
 
     def _test(
-        self, regime: _Regime, source: _Regime, keys: Sequence[int], chances: list[list[float]]
+        self, regime: Regime, source: Regime, keys: Sequence[int], chances: list[list[float]]
     ) -> list[int]:
         """None, but when it is time to try a draft for each: that for two steps, and on while they
-        are accepted more often than thought. Steps without a draft that could be verified do not
-        count, and cost nothing."""
+        are accepted more often than thought, or little is lost by them. Steps without a draft that
+        could be verified do not count, and cost nothing."""
         ones, none = [1] * len(keys), [0] * len(keys)
         if regime.tried is None:
             if regime.seen < regime.due and not self._is_tried(keys):
@@ -454,82 +429,40 @@ class Speculation:
             regime.tried = 0
         proposed, accepted = self._first_drafts
         regime.tried += proposed > 0
-        surprise = min(self._priors()[0] + _SURPRISE, 1.0) * proposed
-        is_dull = accepted < surprise or regime.tried >= _LONGEST_TRY
-        if regime.tried < _TRY_STEPS or not is_dull:
+        prior = self._priors()[0]
+        surprise = prior * proposed + _SURPRISE * math.sqrt(prior * (1 - prior) * proposed)
+        # Of few of them that can be drafted for, acceptance is learned, and hardly what it takes.
+        tried = [int(at < proposed) for at in range(len(keys))]
+        loss = regime.tried * source.loss(chances, tried, none)
+        is_dull = accepted <= surprise and (loss > _TRY_LOSS or 2 * proposed < len(keys))
+        if regime.tried < _TRY_STEPS or not (is_dull or regime.tried >= _LONGEST_TRY):
             return ones
         self._tries.difference_update(keys)
-        regime.end_try(regime.tried * _loss(source, chances, ones, none))
+        regime.end_try(loss)
+        regime.purse.spend(loss)
         return none
 
     def _is_tried(self, keys: Sequence[int]) -> bool:
         return not self._tries.isdisjoint(keys)
 
-    def _judge(self, does_pay: bool, chances: list[list[float]], source: _Regime) -> None:
+    def _judge(
+        self, does_pay: bool, chances: list[list[float]], regime: Regime, source: Regime
+    ) -> None:
         """Say so when drafting has not paid for some steps, or has again."""
         steps = self._last.used
         if not does_pay:
             self._idle, self._busy = self._idle + steps, 0
-            promise = (1 + _FIRST_ACCEPTANCE) / source.slower
+            promise = (1 + _FIRST_ACCEPTANCE * source.share) / source.slower
             self._patience = _LONG_PATIENCE if promise >= _PROMISE else _PATIENCE
-            is_spent = self._spent > self._patience
+            is_spent = regime.purse.is_spent(self._patience)
             if not self._reason and (is_spent or self._idle >= _OFF_AFTER):
-                self._reason = _explanation(chances, source)
+                self._reason = source.explain(chances)
                 self._start_gap = _FIRST_START if promise > 1 else 2 * _FIRST_START
                 log.info("drafting is off: %s", self._reason)
             return
         self._idle, self._busy = 0, self._busy + steps * (self._first_drafts[0] > 0)
         if self._busy >= _ON_AFTER and self._reason:
-            self._reason, self._spent = "", 0.0
+            self._reason = ""
             for regime in self._regimes.values():
-                regime.rests = 0
-            log.info("drafting is on again: %s", _explanation(chances, source))
-
-
-def _best(chances: list[list[float]], source: _Regime, worth: float) -> tuple[list[int], float]:
-    """The numbers of drafts that give most tokens a second, and how many steps each such step saves
-    beside steps of an engine without drafts.
-
-    Drafts are taken by how likely they are accepted; none comes before those it follows, which are
-    likelier. They are counted in as fine parts of the sequences as times are known by.
-    """
-    total, gain, depth = len(chances), 0.0, 0
-    steps, making = source.steps, 0.0
-    plain = total / steps.at(0.0)
-    best_rate, best = plain * worth, 0
-    ranked = sorted(
-        (-chance, at, number) for number, one in enumerate(chances) for at, chance in enumerate(one)
-    )
-    for count, (chance, at, _) in enumerate(ranked, 1):
-        gain -= chance
-        if at >= depth:
-            depth = at + 1
-            making = source.drafts.at(depth)
-        if count * SHARES % total < SHARES:
-            rate = (total + gain) / (steps.at(count / total) + making)
-            if rate > best_rate:
-                best_rate, best = rate, count
-    counts = [0] * total
-    for _, _, number in ranked[:best]:
-        counts[number] += 1
-    return counts, best_rate / plain - 1 if best else 0.0
-
-
-def _loss(regime: _Regime, chances: list[list[float]], counts: list[int], best: list[int]) -> float:
-    """How many steps of the best are lost by one with other numbers of drafts."""
-
-    def expected(counts: list[int]) -> tuple[float, float]:
-        tokens = sum(1 + sum(c[:n]) for c, n in zip(chances, counts, strict=True))
-        return tokens, regime.seconds(sum(counts) / len(counts), max(counts))
-
-    (tokens, seconds), (best_tokens, best_seconds) = expected(counts), expected(best)
-    return max(0.0, seconds / best_seconds - tokens / best_tokens)
-
-
-def _explanation(chances: list[list[float]], source: _Regime) -> str:
-    accepted = sum(one[0] for one in chances) / len(chances)
-    crowd = f" for {len(chances)} sequences at once" if len(chances) > 1 else ""
-    return (
-        f"1 draft is accepted {accepted:.2f} of the time, and a step with it takes "
-        f"{source.slower:.2f} times as long{crowd}"
-    )
+                regime.rests, regime.purse.has_given_up = 0, False
+            log.info("drafting is on again: %s", source.explain(chances))

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 _TIMES = 7
 #: Times this many steps old are not mixed with new ones.
 _STALE_STEPS = 32
+#: From so many drafts that were measured up to so many times as many may be concluded: one draft of
+#: sixteen sequences says little of one for each.
+_REACH = 4
 #: Times at different shares of drafts are apart by this much of a draft for each sequence.
 SHARES = 4
 
@@ -57,12 +60,18 @@ class StepTimes:
         self._anchors = anchors
         self._nodes: dict[int, _Node] = {}
         self._counts = [0, 0]
+        self._most = 0.0
         self._line = list(anchors)
         self._is_drawn = True
 
     def count(self, *, is_drafted: bool) -> int:
         """How many times were noted, of steps with drafts or of those without."""
         return self._counts[is_drafted]
+
+    @property
+    def reach(self) -> float:
+        """How many drafts for each sequence may be judged by what is known."""
+        return _REACH * self._most
 
     def note(self, drafts: float, seconds: float, now: int) -> None:
         """Something with so many drafts for each sequence took so long; `now` counts steps."""
@@ -71,6 +80,7 @@ class StepTimes:
         if node is None:
             node = self._nodes[at] = _Node(drafts, last=now)
         self._counts[at > 0] += 1
+        self._most = max(self._most, drafts)
         if node.add(drafts, max(seconds, 1e-9), now):
             self._is_drawn = False
 
@@ -97,15 +107,16 @@ class StepTimes:
 
 
 def _on_line(line: Sequence[tuple[float, float]], x: float) -> float:
-    """The height of a line at x: straight between points, or as before them if that is lower, since
-    a step to a slower kernel may be anywhere between; and straight on after the last."""
+    """The height of a line at x: straight between points, or not far beyond them as before if that
+    is lower, since a step to a slower kernel may be anywhere between; straight on after the last.
+    """
     after = bisect_right(line, (x, math.inf))
     if not after or len(line) == 1:
         return line[0][1]
     found = math.inf
     if after < len(line):
         found = _between(line[after - 1], line[after], x)
-    if after > 1:
+    if after > 1 and (after == len(line) or x <= _REACH * line[after - 1][0]):
         found = min(found, _between(line[0], line[after - 1], x))
     return found
 

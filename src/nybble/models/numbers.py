@@ -11,12 +11,17 @@ from nybble.errors import EngineError, OutOfPages
 class Numbers:
     """`count` numbers from `first` on, each lent to one owner at a time. `what` is for messages.
 
-    Two of them may share a pool, one behind the other.
+    Two of them may share a pool, one behind the other. Where all take `each` at a time, what they
+    take first lies side by side: so those that use no other do not meet in the same few sets of a
+    processor's cache (of states of 64 KiB every fourth cost a step of 16 sequences 2 %).
     """
 
-    def __init__(self, count: int, what: str, first: int = 0) -> None:
+    def __init__(self, count: int, what: str, first: int = 0, each: int = 1) -> None:
         self.count, self.what, self.first = count, what, first
-        self._free = list(range(first + count - 1, first - 1, -1))
+        takers = count // each
+        end = first + takers * each
+        order = [n for at in range(first, first + takers) for n in range(at, end, takers)]
+        self._free = [*order, *range(end, first + count)][::-1]
         self._taken: set[int] = set()
 
     @property
@@ -49,7 +54,7 @@ class Numbers:
                 "was not taken"
             )
         self._taken.difference_update(numbers)
-        self._free.extend(numbers)
+        self._free.extend(reversed(numbers))  # to be taken in the same order
 
     def check(self) -> None:
         """Raise EngineError unless every number is free or lent, and none both."""

@@ -22,18 +22,17 @@ from planted import Planted
 
 from nybble.api.opening import ADAPTIVE_DRAFTS, OpenOptions, open_engine
 from nybble.engine.engine import Engine
-from nybble.engine.model_runner import ModelRunner
 from nybble.engine.runner import Guess, Work
 
 
 def cost_of_rows(
-    runner: ModelRunner, batch: int, context: int, drafts: Sequence[int], samples: int
+    planted: Planted, batch: int, context: int, drafts: Sequence[int], samples: int
 ) -> dict[int, tuple[float, float]]:
     """By number of drafts k: the median seconds of a step of 1 + k rows for each of `batch`
     sequences, and of guessing k tokens after it. They take turns."""
+    runner, slots_each = planted.runner, planted.slots_each
     size, most = runner.pages.page_tokens, max(drafts)
     each = -(-(context + 1 + 2 * most) // size)
-    slots_each = runner.states.count // batch
     draw = np.random.default_rng(0)
     tokens = draw.integers(100, 4000, (batch, 1 + most)).tolist()
     pages = [list(range(i * each, (i + 1) * each)) for i in range(batch)]
@@ -103,10 +102,11 @@ def race_batch(a: argparse.Namespace, batch: int) -> None:
         sequences=batch,
         context=context,
         drafts=most,
+        lanes=len(a.acceptance) * (2 + len(a.drafts)),
         precision=a.precision,
         threads=a.threads,
     )
-    costs = cost_of_rows(planted.runner, batch, a.prompt, a.drafts, a.samples)
+    costs = cost_of_rows(planted, batch, a.prompt, a.drafts, a.samples)
     print_head(
         ("batch", "k", "step, ms", "of one row", "guessing, ms", "of one row")
         + tuple(f"allows at {share}" for share in a.acceptance)
@@ -132,27 +132,32 @@ def race_batch(a: argparse.Namespace, batch: int) -> None:
     off.turn(asked)
     lanes = [off]
     for share in a.acceptance:
-        lanes += drafted_lanes(planted, share, a.drafts, asked, off)
+        lanes += drafted_lanes(planted, share, a.drafts, asked, off, len(lanes) - 1)
     off.runs.clear()
-    race(lanes, [asked], a)
+    off.rates.clear()
+    race(lanes, [asked], a, side_by_side=True)
 
 
 def drafted_lanes(
-    planted: Planted, acceptance: float, drafts: Sequence[int], asked: Load, off: Lane
+    planted: Planted, acceptance: float, drafts: Sequence[int], asked: Load, off: Lane, first: int
 ) -> list[Lane]:
-    """Lanes whose drafter knows what came without drafts."""
+    """Lanes whose drafter knows what came without drafts; they take the planted ones from `first`
+    on."""
     oracle = planted.oracle(acceptance)
     oracle.answers = dict(zip(asked.prompts, off.runs[str(asked)][0].texts, strict=True))
 
-    def adaptive() -> Engine:
-        return planted.engine(oracle, ADAPTIVE_DRAFTS, is_fixed=False)
+    def adaptive(lane: int) -> Engine:
+        return planted.engine(oracle, ADAPTIVE_DRAFTS, is_fixed=False, lane=lane)
 
-    def fixed(most: int) -> Callable[[], Engine]:
-        return lambda: planted.engine(oracle, most, is_fixed=True)
+    def fixed(most: int, lane: int) -> Callable[[], Engine]:
+        return lambda: planted.engine(oracle, most, is_fixed=True, lane=lane)
 
-    kept = adaptive()
-    makers: dict[str, Callable[[], Engine]] = {"auto": lambda: kept, "auto, new": adaptive}
-    makers |= {f"k={k}": fixed(k) for k in drafts}
+    kept = adaptive(first)
+    makers: dict[str, Callable[[], Engine]] = {
+        "auto": lambda: kept,
+        "auto, new": lambda: adaptive(first + 1),
+    }
+    makers |= {f"k={k}": fixed(k, first + 2 + at) for at, k in enumerate(drafts)}
     return [Lane(f"{name}, {acceptance}", make) for name, make in makers.items()]
 
 

@@ -100,9 +100,11 @@ class Planted:
         sequences: int,
         context: int,
         drafts: int,
+        lanes: int = 1,
         precision: Precision = "bf16",
         threads: int = 1,
     ) -> None:
+        """For so many engines at once, with pages and slots of their own."""
         model = Model(Checkpoint.open(folder))
         if model.mtp is None:
             plant_head(model)
@@ -111,11 +113,12 @@ class Planted:
         dims = model.network.dims
         self.slots_each = 1 + drafts if any(map(model.network.is_linear, range(dims.layers))) else 1
         self.sizes = EngineOptions(sequences, draft_tokens=drafts)
-        pages = sequences * -(-context // self.sizes.page_tokens)
+        self.pages = sequences * -(-context // self.sizes.page_tokens)
+        self.slots = sequences * self.slots_each
         self.runner = ModelRunner(
             model,
-            model.page_pool(pages, self.sizes.page_tokens, has_mtp=True),
-            model.state_pool(sequences * self.slots_each, has_mtp=True),
+            model.page_pool(lanes * self.pages, self.sizes.page_tokens, has_mtp=True),
+            model.state_pool(lanes * self.slots, has_mtp=True),
             StepSize(
                 self.sizes.max_batched_tokens,
                 sequences,
@@ -130,16 +133,16 @@ class Planted:
         """Drafts that are right so often."""
         return Oracle(MtpDrafter(self.runner), acceptance, self.runner.vocab)
 
-    def engine(self, drafter: Drafter, most: int, *, is_fixed: bool) -> Engine:
+    def engine(self, drafter: Drafter, most: int, *, is_fixed: bool, lane: int = 0) -> Engine:
         """An engine that knows nothing yet of times and acceptance: with as many drafts as pay, or
-        always the most. Of those made, one may run at a time."""
+        always the most. Of those made for a lane, one may run at a time."""
         sizes = replace(self.sizes, draft_tokens=most)
         return Engine(
             self.runner,
             self.tokenizer,
             sizes,
-            self.runner.pages.numbers,
-            Numbers(self.sizes.max_sequences * self.slots_each, "slots"),
+            Numbers(self.pages, "pages", lane * self.pages),
+            Numbers(self.slots, "slots", lane * self.slots, each=self.slots_each),
             self.context,
             Sampler(self.runner.vocab, self.runner.mode.compute),
             drafter=drafter,

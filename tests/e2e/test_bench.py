@@ -52,6 +52,7 @@ def engine_of(runner: Recording, pages: int = 64, slots: int = 8) -> Any:
         options=options,
         pages=Numbers(pages, "pages"),
         slots=Numbers(slots, "slots"),
+        scheduler=SimpleNamespace(slots_each=1),
     )
 
 

@@ -46,7 +46,7 @@ def disturbed(rng: random.Random) -> float:
 @dataclass
 class Simulated:
     """An engine that decodes `count` sequences, in the order of calls of the real one: after each
-    step drafts are planned and made, then the step's times are told.
+    step drafts are planned and made, then the step's times are told, unless it may pass.
 
     `needs_hidden`: of a sequence that drafting gave up for, or never began for, nothing can be
     drafted, but while it is kept up each step takes `entries` longer; nothing is planned where that
@@ -79,6 +79,7 @@ class Simulated:
     def begin(self, key: int) -> None:
         self.keys.append(key)
         self.tokens[key] = 0
+        self.policy.expect(len(self.keys))
         self.able[key] = self.policy.starts(key) or not self.needs_hidden
 
     def end(self, key: int) -> None:
@@ -86,6 +87,7 @@ class Simulated:
         self.policy.drop(key)
 
     def plan(self) -> dict[int, int]:
+        self.policy.expect(len(self.keys))
         for key in self.keys:
             self.able[key] &= not (self.needs_hidden and self.policy.is_over(key))
         if not any(self.able[key] for key in self.keys):
@@ -105,11 +107,12 @@ class Simulated:
             self.verify(key, proposed)
         self.next = self.plan()
         took, drafting = self.cost(rows), self.draft * max(self.next.values(), default=0)
-        if self.needs_hidden and any(self.able[key] for key in self.keys):
+        is_able = any(self.able[key] for key in self.keys)
+        if self.needs_hidden and is_able:
             drafting += self.entries
-        self.policy.note_step(
-            sequences, rows, took * self.noise(self.luck), drafting * self.noise(self.luck)
-        )
+        noisy = took * self.noise(self.luck), drafting * self.noise(self.luck)
+        if is_able or not self.policy.passes(sequences):
+            self.policy.note_step(sequences, rows, *noisy)
         self.seconds += took + drafting
 
     def verify(self, key: int, proposed: int) -> None:
@@ -420,6 +423,32 @@ def test_a_crowd_that_drafts_do_not_pay_for_loses_little_beside_one_that_gains()
     assert min(speeds) > 0.9
 
 
+@pytest.mark.parametrize("count", [4, 8, 16])
+def test_a_crowd_that_becomes_easy_to_guess_is_drafted_for_again(count: int) -> None:
+    """Short answers, of which now and then one begins with what drafting needs: what is accepted of
+    it alone has to tell."""
+    policy, waves = Speculation(2), list[int]()
+    for seed in range(3):
+        policy, key, easy = Speculation(2), 0, 0
+        while easy < 100 and not (easy and not policy.is_off):
+            easy += key > 30 * count
+            chance = steady(0.85 if easy else 0.03)
+            run = Simulated(
+                policy, rows_cost(0.3 / count), chance, draft=0.1, entries=0.1, seed=seed + key
+            )
+            run.end(0)
+            for number in range(count):
+                run.begin(key + number)
+            run.next = run.plan()
+            for _ in range(40):
+                run.step()
+            for number in range(count):
+                run.end(key + number)
+            key += count
+        waves.append(easy)
+    assert statistics.mean(waves) < 40
+
+
 def test_one_draft_of_sixteen_says_little_of_three_for_each() -> None:
     """While drafting is off one sequence begins with what it needs; its steps are about as long as
     any. That is no reason to give all of them three drafts."""
@@ -606,7 +635,7 @@ def test_while_off_few_sequences_are_tried_and_none_for_long() -> None:
 def test_once_off_a_sequence_is_not_kept_up_unless_it_is_a_trial() -> None:
     policy = Speculation(4)
     run = Simulated(policy, float, steady(0.5), entries=0.05)
-    for _ in range(100):
+    for _ in range(400):
         run.step()
     assert policy.is_over(0)
     trial = next(key for key in range(1, 99) if policy.starts(key))
@@ -807,7 +836,7 @@ def test_while_it_is_off_a_step_is_only_counted(count: int) -> None:
     while run.policy.rests(count):
         found += counted(run, 1)
     assert len(found) > 100
-    assert max(found) < 70
+    assert max(found) < 100
     assert sum(n > 20 for n in found) <= len(found) // 16 + 1
 
 

@@ -277,13 +277,16 @@ Places = Sequence[tuple[list[int], int]]
 
 @contextmanager
 def _lent(engine: Engine, batch: int, length: int) -> Iterator[Places]:
-    """Pages and a slot for each sequence. Raises OutOfPages."""
+    """Pages and a slot for each sequence, as the engine lends them. Raises OutOfPages."""
     each = -(-length // engine.options.page_tokens)
-    slots = engine.slots.take(batch)
+    slots_each = engine.scheduler.slots_each
+    slots = engine.slots.take(batch * slots_each)
     pages: list[int] = []
     try:
         pages = engine.pages.take(batch * each)
-        yield [(pages[i * each : (i + 1) * each], slot) for i, slot in enumerate(slots)]
+        yield [
+            (pages[i * each : (i + 1) * each], slot) for i, slot in enumerate(slots[::slots_each])
+        ]
     finally:
         engine.pages.give_back(pages)
         engine.slots.give_back(slots)

@@ -41,6 +41,7 @@ class Drafting:
         others may share are made even while drafting is off: they cost little, and it may be on
         then."""
         is_shared = sequence.lease is not None
+        self.speculation.expect(len(self._scheduler.running))
         if not self.drafter.needs_hidden:
             sequence.state.mtp_length = -1
         elif sequence.state.mtp_length >= 0 and (is_shared or self._is_to_draft(sequence)):
@@ -80,6 +81,7 @@ class Drafting:
         goes_on = [not part.is_done and part.sequence.is_decoding for part in parts]
         able = goes_on
         if self.drafter.needs_hidden:
+            self.speculation.expect(sum(goes_on))
             pairs = zip(parts, goes_on, strict=True)
             able = [goes and self._goes_on_drafting(part.sequence) for part, goes in pairs]
         if not any(able):

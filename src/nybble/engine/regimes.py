@@ -29,6 +29,8 @@ _TRY_SHARE, FIRST_GAP, _LAST_GAP = 1 / 200, 32, 1024
 #: Of what drafts gained before, as many steps may be spent on keeping up what they need, but no
 #: more than this share of each. A price below the second share is none.
 _MOST_CREDIT, _CREDIT_SHARE, _NO_PRICE = 24.0, 0.02, 0.005
+#: However much was lost at once, after four hundred steps it is forgiven enough for another try.
+_MOST_SPENT = 5.0
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ class Purse:
     def spend(self, steps: float) -> None:
         """So many were lost; what was spent long ago is forgiven."""
         forgiven, self.spent_at = (self.seen - self.spent_at) * _TRY_SHARE, self.seen
-        self.spent = max(0.0, self.spent - forgiven) + steps
+        self.spent = min(max(0.0, self.spent - forgiven) + steps, _MOST_SPENT)
 
     def keep_up(self, price: float, steps: int) -> None:
         """What drafting needs was kept up for so many steps, each of which became longer by so
@@ -73,8 +75,9 @@ class Purse:
 class Regime:
     """What is known of steps of about so many sequences.
 
-    `tried` counts the steps of the try under way, None while there is none; `turn` says what is
-    tried next. Until `rests` steps were seen there is nothing to draft or to decide.
+    `tried` counts the steps of the try under way, None while there is none, and `lost` what it has
+    cost, in steps; `turn` says what is tried next. Until `rests` steps were seen there is nothing to
+    draft or to decide.
 
     From `check` steps on the time without drafts may be looked at again, since few are known:
     `known_before` of them were, when last was judged otherwise; `plain` more steps go without.
@@ -92,6 +95,7 @@ class Regime:
     plain: int = 0
     rests: int = 0
     tried: int | None = None
+    lost: float = 0.0
     turn: int = 0
     does_pay: bool = False
     is_close: bool = True
@@ -119,7 +123,7 @@ class Regime:
 
     @property
     def share(self) -> float:
-        """Of how many sequences a draft for each can be judged: all, or as few as had one."""
+        """Of how many sequences a draft for each can be judged by what is known."""
         return min(1.0, self.steps.reach)
 
     @property
@@ -208,5 +212,5 @@ class Regime:
 
     def end_try(self, loss: float) -> None:
         """Back to the best, until what was lost, in steps, is a small share of the time."""
-        self.tried, self.turn = None, self.turn + 1
+        self.tried, self.lost, self.turn = None, 0.0, self.turn + 1
         self.due = self.seen + int(min(max(FIRST_GAP, loss / _TRY_SHARE), _LAST_GAP))

@@ -12,8 +12,8 @@ second (Leviathan et al., Fast Inference from Transformers via Speculative Decod
 What is not done is not measured, so now and then a few steps try something else: the dearer that
 is thought to be, the later.
 
-All this must itself cost next to nothing: what was decided stands for some steps, and while
-drafting is off a step is no more than counted, until something is to be tried.
+All this must itself cost next to nothing: what was decided stands for some steps, and while nothing
+can be drafted a step is no more than counted, until something is to be tried.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Speculation:
         self._all, self._outcomes, self._gains = Acceptance(most), Outcomes(most), Outcomes(most)
         self._regimes: dict[int, Regime] = {}
         self._purses: dict[int, Purse] = {}
-        self._purse = Purse()  # of the last step
+        self._expected = 1  # sequences in the next step
         self._last = _Decision((), (), 0, 0.0)
         self._none: tuple[int, ...] = ()
         self._planned: tuple[Regime, int] | None = None  # for the next step, and most of one
@@ -218,7 +218,8 @@ class Speculation:
             self._made = (regime, depth, draft_seconds)
             return
         regime.drafts.note(0, draft_seconds, self._now)
-        regime.purse.keep_up(min(draft_seconds / max(seconds, 1e-9), 1.0), steps)
+        plain = regime.steps.at(0.0) if regime.is_timed else max(seconds, 1e-9)
+        regime.purse.keep_up(min(regime.drafts.at(0) / plain, 1.0), steps)
 
     def drop(self, key: int) -> None:
         """Forget a sequence."""
@@ -227,13 +228,17 @@ class Speculation:
 
     # ------------------------------------------------------------------------ what an engine asks
 
+    def expect(self, sequences: int) -> None:
+        """So many sequences are to run next: what is asked now is asked about such steps."""
+        self._expected = max(1, sequences)
+
     def starts(self, key: int) -> bool:
         """Whether what drafting needs of a sequence, entries of a head, is to be made from its
         prompt on; while it does not pay, only of few, to see whether it does again."""
         if self.fixed is not None:
             return self.fixed > 0
         self._remembered(key)
-        regime = self._regime(len(self._known))
+        regime = self._regime(self._expected)
         source = self._nearest(regime)
         does_pay = source is not None and source.does_pay
         is_spent = regime.purse.is_spent(self._patience)
@@ -253,7 +258,7 @@ class Speculation:
             return not self.fixed
         if not self._reason or key in self._tries:
             return False
-        purse = self._purse
+        purse = self._regime(self._expected).purse
         purse.has_given_up = purse.has_given_up or purse.is_spent(self._patience)
         return purse.has_given_up
 
@@ -271,7 +276,7 @@ class Speculation:
         if self.fixed is not None or not count:
             return (self.fixed or 0,) * count
         regime = self._regime(count)
-        self._purse = regime.purse
+        self._expected = count
         if self._is_planned:  # the step before was not told of, so what it made is not known
             self._made = None
         self._is_planned = True
@@ -428,18 +433,22 @@ class Speculation:
                 return none
             regime.tried = 0
         proposed, accepted = self._first_drafts
-        regime.tried += proposed > 0
+        if not proposed:
+            return ones
+        # Of few of them that can be drafted for, acceptance is learned, and hardly what it takes.
+        is_of_few = 2 * proposed < len(keys)
+        verified = [int(at < proposed) for at in range(len(keys))]
+        regime.tried += 1
+        regime.lost += source.loss(chances, verified, none)
         prior = self._priors()[0]
         surprise = prior * proposed + _SURPRISE * math.sqrt(prior * (1 - prior) * proposed)
-        # Of few of them that can be drafted for, acceptance is learned, and hardly what it takes.
-        tried = [int(at < proposed) for at in range(len(keys))]
-        loss = regime.tried * source.loss(chances, tried, none)
-        is_dull = accepted <= surprise and (loss > _TRY_LOSS or 2 * proposed < len(keys))
+        is_over = regime.lost > _TRY_LOSS or (is_of_few and accepted < proposed)
+        is_dull = accepted <= surprise and is_over
         if regime.tried < _TRY_STEPS or not (is_dull or regime.tried >= _LONGEST_TRY):
             return ones
         self._tries.difference_update(keys)
-        regime.end_try(loss)
-        regime.purse.spend(loss)
+        regime.purse.spend(regime.lost)
+        regime.end_try(regime.lost)
         return none
 
     def _is_tried(self, keys: Sequence[int]) -> bool:

@@ -76,8 +76,8 @@ class Regime:
     """What is known of steps of about so many sequences.
 
     `tried` counts the steps of the try under way, None while there is none, and `lost` what it has
-    cost, in steps; `turn` says what is tried next. Until `rests` steps were seen there is nothing to
-    draft or to decide.
+    cost, in steps; `turn` says what is tried next. Until `rests` steps were seen nothing is to be
+    drafted or decided.
 
     From `check` steps on the time without drafts may be looked at again, since few are known:
     `known_before` of them were, when last was judged otherwise; `plain` more steps go without.

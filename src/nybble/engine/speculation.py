@@ -12,8 +12,8 @@ second (Leviathan et al., Fast Inference from Transformers via Speculative Decod
 What is not done is not measured, so now and then a few steps try something else: the dearer that
 is thought to be, the later.
 
-All this must itself cost next to nothing: what was decided stands for some steps, and while nothing
-can be drafted a step is no more than counted, until something is to be tried.
+All this must itself cost next to nothing: what was decided stands for some steps, and while
+nothing can be drafted a step is no more than counted, until something is to be tried.
 """
 
 from __future__ import annotations

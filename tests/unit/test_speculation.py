@@ -123,6 +123,16 @@ class Simulated:
             self.policy.note(key, proposed, accepted)
         self.tokens[key] += 1 + accepted
 
+    def answer(self, keys: Sequence[int], steps: int) -> None:
+        """Short answers of sequences that begin and end together."""
+        for key in keys:
+            self.begin(key)
+        self.next = self.plan()
+        for _ in range(steps):
+            self.step()
+        for key in keys:
+            self.end(key)
+
     def run(self, tokens: int) -> Simulated:
         while min(self.tokens[key] for key in self.keys) < tokens:
             self.step()
@@ -408,14 +418,8 @@ def test_a_crowd_that_drafts_do_not_pay_for_loses_little_beside_one_that_gains()
             run = Simulated(policy, cost, steady(0.75), draft=0.1, entries=0.4)
             for old in tuple(run.keys):
                 run.end(old)
-            for _ in range(4):  # short answers, all anew
-                for number in range(count):
-                    run.begin(key + number)
-                run.next = run.plan()
-                for _ in range(20):
-                    run.step()
-                for number in range(count):
-                    run.end(key + number)
+            for _ in range(4):
+                run.answer(range(key, key + count), steps=20)
                 key += count
             if count == 16:
                 speeds.append(run.speed * cost(16) / 16)
@@ -437,13 +441,7 @@ def test_a_crowd_that_becomes_easy_to_guess_is_drafted_for_again(count: int) -> 
                 policy, rows_cost(0.3 / count), chance, draft=0.1, entries=0.1, seed=seed + key
             )
             run.end(0)
-            for number in range(count):
-                run.begin(key + number)
-            run.next = run.plan()
-            for _ in range(40):
-                run.step()
-            for number in range(count):
-                run.end(key + number)
+            run.answer(range(key, key + count), steps=40)
             key += count
         waves.append(easy)
     assert statistics.mean(waves) < 40
